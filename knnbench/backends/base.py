@@ -1,0 +1,273 @@
+"""What a backend is: the abstract classes that every backend implements.
+
+A class here is abstract or final: a backend implements what is abstract and overrides nothing, except
+that one with a better `Backend.linear_loss` may bring its own. Which backends exist, and whether they
+work here, is the business of `knnbench.backends`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from knnbench.blocking import block_shape, slices
+from knnbench.dtypes import COMPUTED, Array
+from knnbench.metrics import METRICS, Space
+
+__all__ = [
+    "Backend",
+    "Capabilities",
+    "HostArrays",
+    "HostBackend",
+    "Native",
+    "PeerSearch",
+    "Scan",
+    "scan_rows",
+]
+
+# The array type of a backend's own library.
+Native = Any
+
+# Rows looked at together by scans and losses: the temporary arrays stay at a few MiB.
+ELEMENTS_A_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can compute.
+
+    Attributes
+    ----------
+    device : {"cpu", "cuda"}
+        Where it computes.
+    metrics, dtypes : frozenset of str
+        Canonical metric names, and dtypes of `knnbench.dtypes.COMPUTED`, that it takes in any
+        combination.
+    total_order : bool
+        Whether neighbours come in the total order (value, index), ties included.
+    exact_integers : bool
+        Whether uint8 is accumulated in integers, or in a unit shown to be exact for the shape.
+    """
+
+    device: Literal["cpu", "cuda"]
+    metrics: frozenset[str] = frozenset(METRICS)
+    dtypes: frozenset[str] = frozenset(COMPUTED)
+    total_order: bool = True
+    exact_integers: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """The first rows of an array that break a rule; None where no row does or none was looked for."""
+
+    not_finite: int | None
+    all_zero: int | None
+
+
+def chunk_rows(n_features: int) -> int:
+    """Return how many rows of `n_features` make a chunk of `ELEMENTS_A_CHUNK`."""
+    return max(1, ELEMENTS_A_CHUNK // n_features)
+
+
+class Backend(ABC):
+    """One way to compute distances and neighbours.
+
+    All arguments have passed `knnbench.api`, the only place that validates: rows are two-dimensional, not
+    empty, of `space.dtype`, finite unless the user waived that, and k is in range.
+    """
+
+    capabilities: ClassVar[Capabilities]
+
+    @abstractmethod
+    def to_native(self, rows: Any, dtype: np.dtype[Any]) -> Native:
+        """Return rows as this backend's own C-contiguous array of `dtype`, copied only where needed.
+
+        Parameters
+        ----------
+        rows : (n, n_features) array
+            On the host, or for a CUDA backend also on the device, of any library.
+        dtype : numpy.dtype
+            One of `COMPUTED`.
+        """
+
+    @abstractmethod
+    def to_numpy(self, native: Native) -> Array:
+        """Return this backend's array as a numpy array on the host."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all work given to the device is done; nothing on a CPU."""
+
+    @abstractmethod
+    def scan(self, native: Native, *, finite: bool, zero: bool) -> Scan:
+        """Look through the rows of a native array for the first not `finite`, and the first all `zero`."""
+
+    @abstractmethod
+    def prepare(self, corpus: Native, space: Space) -> Any:
+        """Return all that `pairwise` and `knn` can compute from a native corpus before they see queries."""
+
+    @abstractmethod
+    def pairwise(self, queries: Native, prepared: Any, space: Space, budget: int) -> Native:
+        """Return all distances.
+
+        Parameters
+        ----------
+        queries : (n_queries, n_features) native array of `space.dtype`
+        prepared : object
+            What `prepare` returned for the corpus and the same `space`.
+        space : Space
+        budget : int
+            Bytes to be held at most, beyond inputs, prepared corpus and result.
+
+        Returns
+        -------
+        (n_queries, n_corpus) native array of `space.output`
+        """
+
+    @abstractmethod
+    def knn(self, queries: Native, prepared: Any, k: int, space: Space, budget: int) -> tuple[Native, Native]:
+        """Return the k nearest neighbours, arguments as in `pairwise`.
+
+        Returns
+        -------
+        ranked : (n_queries, k) native array of `space.ranked`
+            The values before `Space.finish`, so that lists of several corpora can be merged under the
+            total order. A peer without the total order may give any monotone float equivalent.
+        indices : (n_queries, k) native array of int64
+        """
+
+    @abstractmethod
+    def finish(self, ranked: Native, space: Space) -> Native:
+        """Return the distances, of `space.output`, of the values that `knn` ranked."""
+
+    def linear_loss(self, X: Array, y: Array, W: Array, b: Array) -> Array:
+        """Return the summed cross-entropy of a batch of linear models over all samples.
+
+        Parameters
+        ----------
+        X : (n_samples, n_features) array of uint8, float32 or float64
+            On the host.
+        y : (n_samples,) array of int64
+            Class numbers.
+        W : (n_models, n_features, n_classes) array of float32 or float64
+            The dtype of the product.
+        b : (n_models, n_classes) array
+
+        Returns
+        -------
+        (n_models,) array of float64
+
+        Notes
+        -----
+        ``loss_m = sum_i logsumexp_c(z_mic) - z_mi,y_i`` with ``z = X W + b``; the exponentials and the sums
+        are float64. Samples are taken in chunks, so X is never widened as a whole.
+        """
+        n_models, n_features, n_classes = W.shape
+        weights = np.ascontiguousarray(W.transpose(1, 0, 2)).reshape(n_features, n_models * n_classes)
+        losses = np.zeros(n_models)
+        for rows in slices(len(X), chunk_rows(n_features)):
+            scores = X[rows].astype(W.dtype, copy=False) @ weights
+            logits = scores.reshape(-1, n_models, n_classes).astype(np.float64) + b
+            largest = logits.max(axis=2)
+            exponentials = np.exp(logits - largest[:, :, None]).sum(axis=2)
+            right = np.take_along_axis(logits, y[rows, None, None], axis=2)[:, :, 0]
+            losses += (np.log(exponentials) + largest - right).sum(axis=0)
+        return losses
+
+
+class HostArrays(Backend):
+    """The array side of a backend whose arrays are numpy's."""
+
+    def to_native(self, rows: Any, dtype: np.dtype[Any]) -> Native:
+        """Return a C-contiguous numpy array."""
+        return np.ascontiguousarray(rows, dtype=dtype)
+
+    def to_numpy(self, native: Native) -> Array:
+        """Return the array itself."""
+        return np.asarray(native)
+
+    def synchronize(self) -> None:
+        """Do nothing: a call on the CPU returns when it is done."""
+
+    def scan(self, native: Native, *, finite: bool, zero: bool) -> Scan:
+        """Look through the rows in chunks."""
+        return scan_rows(np, native, finite=finite, zero=zero)
+
+
+class HostBackend(HostArrays):
+    """An own backend on numpy arrays: it ranks by the accumulated value, as the rules say."""
+
+    def finish(self, ranked: Native, space: Space) -> Native:
+        """Return the distances of ranked values."""
+        return space.finish(ranked)
+
+
+class PeerSearch(Backend):
+    """The computing side of another project's search, measured as it is.
+
+    Called on blocks of queries that fit the budget; dtypes and the order of ties are the library's.
+    """
+
+    @abstractmethod
+    def bytes_per_query(self, n_corpus: int, k: int, space: Space) -> int:
+        """Return what the library holds at the most for one query, its answer included."""
+
+    @abstractmethod
+    def distances(self, queries: Native, prepared: Any, space: Space) -> Native:
+        """Return the distances of a block of queries, shape (n_queries, n_corpus)."""
+
+    @abstractmethod
+    def neighbors(self, queries: Native, prepared: Any, k: int, space: Space) -> tuple[Native, Native]:
+        """Return distances and int64 indices of a block of queries, shape (n_queries, k) each."""
+
+    @abstractmethod
+    def corpus_size(self, prepared: Any) -> int:
+        """Return the number of rows of a prepared corpus."""
+
+    @abstractmethod
+    def join(self, blocks: list[Native]) -> Native:
+        """Return the blocks of queries as one native array."""
+
+    def pairwise(self, queries: Native, prepared: Any, space: Space, budget: int) -> Native:
+        """Return all distances, a block of queries at a time."""
+        blocks = self._blocks(queries, prepared, 1, space, budget)
+        return self.join([self.distances(queries[rows], prepared, space) for rows in blocks])
+
+    def knn(self, queries: Native, prepared: Any, k: int, space: Space, budget: int) -> tuple[Native, Native]:
+        """Return the neighbours, a block of queries at a time."""
+        blocks = self._blocks(queries, prepared, k, space, budget)
+        answers = [self.neighbors(queries[rows], prepared, k, space) for rows in blocks]
+        return self.join([values for values, _ in answers]), self.join([indices for _, indices in answers])
+
+    def finish(self, ranked: Native, space: Space) -> Native:
+        """Return `ranked`: a peer answers in distances."""
+        return ranked
+
+    def _blocks(self, queries: Native, prepared: Any, k: int, space: Space, budget: int) -> Iterator[slice]:
+        n_corpus = self.corpus_size(prepared)
+        step, _ = block_shape(
+            len(queries),
+            1,
+            budget=budget,
+            per_pair=self.bytes_per_query(n_corpus, k, space),
+            max_queries=len(queries),
+        )
+        return slices(len(queries), step)
+
+
+def scan_rows(xp: Any, rows: Native, *, finite: bool, zero: bool) -> Scan:
+    """Return the `Scan` of an array of numpy, or of a module like it."""
+    not_finite = all_zero = None
+    finite = finite and rows.dtype.kind == "f"
+    for chunk in slices(len(rows), chunk_rows(rows.shape[1])) if finite or zero else ():
+        if finite and not_finite is None:
+            good = xp.isfinite(rows[chunk])
+            if not good.all():
+                not_finite = chunk.start + int(xp.argmin(good.all(axis=1)))
+        if zero and all_zero is None:
+            good = rows[chunk].any(axis=1)
+            if not good.all():
+                all_zero = chunk.start + int(xp.argmin(good))
+    return Scan(not_finite, all_zero)

@@ -1,0 +1,198 @@
+"""The total order of neighbours, (value, corpus index), and what selects by it.
+
+Equal values are ordered by their index, so the k nearest are one definite list: whatever the block
+size, the number of threads or the layout of shards. The functions take ``xp``, the array module of
+their arguments (numpy or cupy).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from knnbench.dtypes import Array
+
+__all__ = ["MISSING", "Selection", "merge_topk", "order_rows", "smallest_k"]
+
+MISSING = -1
+"""Index of a column that holds no neighbour, in a list shorter than its width."""
+
+DENSE = 1 / 8
+"""Share of a block's values beyond which `Selection.update` selects within the block first."""
+
+
+def largest(dtype: np.dtype[Any]) -> Any:
+    """Return the largest value of `dtype`, infinity for floats."""
+    return np.inf if dtype.kind == "f" else np.iinfo(dtype).max
+
+
+def order_rows(xp: Any, values: Any, indices: Any) -> tuple[Any, Any]:
+    """Sort each row by (value, index).
+
+    Parameters
+    ----------
+    xp : module
+    values, indices : (n, m) arrays
+
+    Returns
+    -------
+    values, indices : (n, m) arrays
+
+    Examples
+    --------
+    >>> order_rows(np, np.array([[2, 1, 1]]), np.array([[5, 9, 3]]))
+    (array([[1, 1, 2]]), array([[3, 9, 5]]))
+    """
+    by_index = xp.argsort(indices, axis=1, kind="stable")
+    return take_smallest(
+        xp,
+        xp.take_along_axis(values, by_index, axis=1),
+        xp.take_along_axis(indices, by_index, axis=1),
+        values.shape[1],
+    )
+
+
+def take_smallest(xp: Any, values: Any, indices: Any, k: int) -> tuple[Any, Any]:
+    """Return the k smallest of each row, whose equal values already stand in ascending order of index."""
+    order = xp.argsort(values, axis=1, kind="stable")[:, :k]
+    return xp.take_along_axis(values, order, axis=1), xp.take_along_axis(indices, order, axis=1)
+
+
+def smallest_k(xp: Any, values: Any, k: int) -> tuple[Any, Any]:
+    """Select the k smallest of each row under the total order, the column being the index.
+
+    Parameters
+    ----------
+    xp : module
+    values : (n, m) array
+        Without NaN.
+    k : int
+        ``1 <= k <= m``.
+
+    Returns
+    -------
+    values : (n, k) array
+        Ascending.
+    indices : (n, k) array of int64
+        Columns of `values`; ascending where values are equal.
+
+    Examples
+    --------
+    >>> smallest_k(np, np.array([[3, 1, 2, 1, 1]]), 2)
+    (array([[1, 1]]), array([[1, 3]]))
+    """
+    n_rows, width = values.shape
+    if k == width:
+        columns = xp.broadcast_to(xp.arange(width, dtype=np.int64), (n_rows, width))
+        return take_smallest(xp, values, columns, k)
+    # A partition alone keeps an arbitrary one of the values that equal the k-th.
+    kth = xp.partition(values, k - 1, axis=1)[:, k - 1 : k]
+    keep = ~(values > kth)
+    crowded = xp.nonzero(keep.sum(axis=1) > k)[0]
+    if crowded.size:
+        rows, limit = values[crowded], kth[crowded]
+        below = rows < limit
+        ties = keep[crowded] & ~below
+        room = k - below.sum(axis=1, keepdims=True)
+        keep[crowded] = below | (ties & (xp.cumsum(ties, axis=1) <= room))
+    columns = xp.nonzero(keep)[1].reshape(n_rows, k).astype(np.int64, copy=False)
+    return take_smallest(xp, xp.take_along_axis(values, columns, axis=1), columns, k)
+
+
+class Selection:
+    """The k smallest of each row so far, over blocks of columns that come in ascending order.
+
+    A column of a later block has a larger index than all before it, so it enters only if it is strictly
+    smaller than the k-th value: one comparison a pair, after the first block.
+    """
+
+    def __init__(self, xp: Any, k: int) -> None:
+        self._xp = xp
+        self._k = k
+        self.values: Any = None
+        self.indices: Any = None
+
+    def update(self, values: Any, start: int) -> None:
+        """Take a block in.
+
+        Parameters
+        ----------
+        values : (n, m) array
+            Any m; the first blocks may together be narrower than k.
+        start : int
+            Corpus index of its first column.
+        """
+        xp, width = self._xp, values.shape[1]
+        if self.values is None:
+            self.values, self.indices = smallest_k(xp, values, min(self._k, width))
+            self.indices = self.indices + start
+            return
+        if self.values.shape[1] < self._k:
+            self._append(*self._whole_block(values, start))
+            return
+        closer = values < self.values[:, -1:]
+        counts = closer.sum(axis=1)
+        widest = int(counts.max())
+        if not widest:
+            return
+        if widest > width * DENSE:
+            self._append(*self._whole_block(values, start))
+            return
+        rows, columns = xp.nonzero(closer)
+        place = xp.arange(rows.size) - (xp.cumsum(counts) - counts)[rows]
+        few_values = xp.full((len(values), widest), largest(values.dtype), dtype=values.dtype)
+        few_indices = xp.full((len(values), widest), MISSING, dtype=np.int64)
+        few_values[rows, place] = values[rows, columns]
+        few_indices[rows, place] = columns + start
+        self._append(few_values, few_indices)
+
+    def _whole_block(self, values: Any, start: int) -> tuple[Any, Any]:
+        best, columns = smallest_k(self._xp, values, min(self._k, values.shape[1]))
+        return best, columns + start
+
+    def _append(self, values: Any, indices: Any) -> None:
+        # What is held has the smaller indices and stands left, so a stable sort keeps the total order.
+        xp = self._xp
+        self.values, self.indices = take_smallest(
+            xp,
+            xp.concatenate([self.values, values], axis=1),
+            xp.concatenate([self.indices, indices], axis=1),
+            self._k,
+        )
+
+
+def merge_topk(first: tuple[Array, Array], second: tuple[Array, Array], k: int) -> tuple[Array, Array]:
+    """Merge two lists of neighbours of the same queries.
+
+    Associative, commutative and idempotent: a neighbour in both lists counts once, so any tree of merges,
+    with retries and duplicates, gives the same bits.
+
+    Parameters
+    ----------
+    first, second : tuple of (n_queries, any) arrays
+        Values and int64 corpus indices, index `MISSING` where a list is shorter than its width. An index
+        in both lists has the same value in both.
+    k : int
+        At most this many are kept.
+
+    Returns
+    -------
+    values, indices : (n_queries, min(k, width of both together)) arrays
+        Ascending by (value, index); `MISSING` last.
+
+    Examples
+    --------
+    >>> merge_topk((np.array([[1.0, 4.0]]), np.array([[7, 2]])), (np.array([[1.0, 4.0]]), np.array([[3, 2]])), 3)
+    (array([[1., 1., 4.]]), array([[3, 7, 2]]))
+    """
+    values = np.concatenate([first[0], second[0]], axis=1)
+    indices = np.concatenate([first[1], second[1]], axis=1)
+    by_index = np.argsort(indices, axis=1, kind="stable")
+    values = np.take_along_axis(values, by_index, axis=1)
+    indices = np.take_along_axis(indices, by_index, axis=1)
+    absent = indices == MISSING
+    absent[:, 1:] |= indices[:, 1:] == indices[:, :-1]
+    values[absent] = largest(values.dtype)
+    indices[absent] = np.iinfo(np.int64).max
+    values, indices = order_rows(np, values, indices)
+    indices[indices == np.iinfo(np.int64).max] = MISSING
+    return values[:, :k], indices[:, :k]

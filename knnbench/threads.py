@@ -1,0 +1,71 @@
+"""How many threads a computation may use."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from knnbench.errors import InvalidInputError
+
+__all__ = ["THREADS_VARIABLE", "available_cpus", "limited_blas", "pinned_environment", "thread_count"]
+
+THREADS_VARIABLE = "KNNBENCH_THREADS"
+
+# Read by each library once, when it is loaded.
+POOL_VARIABLES = (
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMBA_NUM_THREADS",
+)
+
+
+def available_cpus() -> int:
+    """Return the number of CPUs in this process's affinity mask."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def thread_count() -> int:
+    """Return $KNNBENCH_THREADS, or all CPUs of the affinity mask.
+
+    Raises
+    ------
+    InvalidInputError
+        If the variable is set to anything but a positive whole number.
+    """
+    text = os.environ.get(THREADS_VARIABLE)
+    if not text:
+        return available_cpus()
+    if not text.isdecimal() or int(text) < 1:
+        raise InvalidInputError(
+            f"${THREADS_VARIABLE} is {text!r}; expected a positive whole number of threads, or unset for "
+            f"all {available_cpus()} CPUs."
+        )
+    return int(text)
+
+
+def pinned_environment(threads: int) -> dict[str, str]:
+    """Return the environment variables that hold every thread pool of a new process at `threads`.
+
+    They work only if they are set before numpy is loaded: its BLAS reads them once.
+    """
+    return dict.fromkeys((THREADS_VARIABLE, *POOL_VARIABLES), str(threads))
+
+
+@contextmanager
+def limited_blas() -> Iterator[None]:
+    """Hold numpy's BLAS at $KNNBENCH_THREADS, and leave it as found.
+
+    Without the variable nothing is done: asking threadpoolctl which libraries are loaded costs
+    milliseconds a call.
+    """
+    if not os.environ.get(THREADS_VARIABLE):
+        yield
+        return
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(thread_count(), user_api="blas"):
+        yield
