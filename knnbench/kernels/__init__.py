@@ -1,0 +1,1 @@
+"""Hand-written kernels, by target. They know metrics and arrays, and nothing of backends."""
