@@ -88,13 +88,13 @@ def smallest_k(xp: Any, values: Any, k: int) -> tuple[Any, Any]:
     kth = xp.partition(values, k - 1, axis=1)[:, k - 1 : k]
     keep = ~(values > kth)
     crowded = xp.nonzero(keep.sum(axis=1) > k)[0]
-    if crowded.size:
+    if len(crowded):
         rows, limit = values[crowded], kth[crowded]
         below = rows < limit
         ties = keep[crowded] & ~below
         room = k - below.sum(axis=1, keepdims=True)
         keep[crowded] = below | (ties & (xp.cumsum(ties, axis=1) <= room))
-    columns = xp.nonzero(keep)[1].reshape(n_rows, k).astype(np.int64, copy=False)
+    columns = xp.asarray(xp.nonzero(keep)[1].reshape(n_rows, k), dtype=np.int64)
     return take_smallest(xp, xp.take_along_axis(values, columns, axis=1), columns, k)
 
 
@@ -138,8 +138,9 @@ class Selection:
             self._append(*self._whole_block(values, start))
             return
         rows, columns = xp.nonzero(closer)
-        place = xp.arange(rows.size) - (xp.cumsum(counts) - counts)[rows]
-        few_values = xp.full((len(values), widest), largest(values.dtype), dtype=values.dtype)
+        place = xp.arange(len(rows)) - (xp.cumsum(counts, axis=0) - counts)[rows]
+        # Where a row has fewer, its k-th value fills up: it stands right of k values that are not larger.
+        few_values = xp.repeat(self.values[:, -1:], widest, axis=1)
         few_indices = xp.full((len(values), widest), MISSING, dtype=np.int64)
         few_values[rows, place] = values[rows, columns]
         few_indices[rows, place] = columns + start

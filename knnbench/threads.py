@@ -59,10 +59,11 @@ def pinned_environment(threads: int) -> dict[str, str]:
 def limited_blas() -> Iterator[None]:
     """Hold numpy's BLAS at $KNNBENCH_THREADS, and leave it as found.
 
-    Without the variable nothing is done: asking threadpoolctl which libraries are loaded costs
-    milliseconds a call.
+    Nothing is done without the variable, nor in a process that was started with `pinned_environment`: asking
+    threadpoolctl which libraries are loaded costs milliseconds a call.
     """
-    if not os.environ.get(THREADS_VARIABLE):
+    threads = os.environ.get(THREADS_VARIABLE)
+    if not threads or all(os.environ.get(variable) == threads for variable in POOL_VARIABLES):
         yield
         return
     from threadpoolctl import threadpool_limits

@@ -18,7 +18,7 @@ from knnbench.metrics import METRICS, Space
 
 from .base import Backend, Capabilities
 
-__all__ = ["ENTRY_POINTS", "Registration", "Status", "backend_status", "backends", "get_backend", "registry"]
+__all__ = ["ENTRY_POINTS", "Registration", "Status", "backend_status", "backends", "get_backend", "registry", "version_of"]
 
 ENTRY_POINTS = "knnbench.backends"
 
@@ -171,7 +171,7 @@ def backend_status(name: str) -> Status:
         ok=not reason,
         reason=reason,
         device=capabilities.device if capabilities else "",
-        version=_version(registration.distribution),
+        version=version_of(name),
         peer=registration.peer,
         install=registration.install,
         capabilities=capabilities,
@@ -204,9 +204,10 @@ def _probe(backend: Backend) -> str:
     return "" if found == expected else f"wrong answer to a 2 x 2 problem: {found}, expected {expected}"
 
 
-def _version(distribution: str) -> str:
+def version_of(name: str) -> str:
+    """Return the version of a registered backend's library, empty if it is not installed."""
     try:
-        return importlib.metadata.version(distribution)
+        return importlib.metadata.version(registry()[name].distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
 

@@ -1,4 +1,4 @@
-"""The blockwise search that NumPy and CuPy share: written once, for any array module like numpy.
+"""The blockwise search that NumPy, CuPy and PyTorch share.
 
 A block of queries meets a block of the corpus, and of each block only the values that may still be among the
 k smallest are kept. Metrics with a Gram form take the matrix product. On uint8 it is exact. On floats it
@@ -9,23 +9,26 @@ cancels, so there
   returned;
 - a query whose answer the declared error (`Space.gram_error`) could still change, and for which it exceeds
   `TOLERANCE` of the k-th value, is searched again by the direct form.
+
+`BlockSearch` has all of this, once. `BlockwiseBackend` computes its blocks on any array module like numpy.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from knnbench.blocking import block_shape, slices
+from knnbench.blocking import MAX_CORPUS, MAX_QUERIES, block_shape, slices
 from knnbench.metrics import Space
 from knnbench.ordering import Selection, order_rows
 
 from .base import Backend, Native
 
-__all__ = ["BlockCorpus", "BlockwiseBackend"]
+__all__ = ["BlockCorpus", "BlockSearch", "Blocks", "BlockwiseBackend"]
 
 # Share of a value beyond which the declared error of its Gram form is too much.
 TOLERANCE = 1e-3
@@ -44,6 +47,23 @@ MEDIAN_SAMPLE = 256
 
 # Elements of the temporary array when single pairs are recomputed.
 PAIR_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How large the pieces are that a search computes at once.
+
+    Attributes
+    ----------
+    queries, corpus : int
+        Rows of a block.
+    elements : int
+        Differences held when single pairs are recomputed.
+    """
+
+    queries: int
+    corpus: int
+    elements: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,41 +88,74 @@ class BlockCorpus:
     centred: Native | None = None
 
 
-class BlockwiseBackend(Backend):
-    """An own backend on an array module like numpy."""
+class BlockSearch(Backend):
+    """An own backend that searches block by block; what a block is computed with is its own.
+
+    Attributes
+    ----------
+    largest : Blocks
+        Beyond these nothing is gained.
+    """
+
+    largest: ClassVar[Blocks] = Blocks(MAX_QUERIES, MAX_CORPUS, PAIR_ELEMENTS)
 
     @property
     @abstractmethod
     def xp(self) -> Any:
-        """The array module."""
+        """The array module, or an object with those of numpy's functions that are called here and in `ordering`."""
+
+    @abstractmethod
+    def settings(self) -> AbstractContextManager[None]:
+        """Return what holds the library's global switches while a call computes."""
 
     @abstractmethod
     def direct_block(self, queries: Native, corpus: Native, space: Space) -> Native:
         """Return the accumulated values of all pairs by the direct form, shape (n_queries, n_corpus)."""
 
+    @abstractmethod
+    def _prepared_rows(self, rows: Native, space: Space) -> Native:
+        """Return rows as the metric accumulates them."""
+
+    @abstractmethod
+    def _mean(self, rows: Native) -> Native:
+        """Return the mean of float rows, summed in float64, in their dtype."""
+
+    @abstractmethod
+    def _take(self, rows: Native, centre: Native | None, space: Space) -> BlockCorpus:
+        """Return prepared rows with all that the Gram form wants of them."""
+
+    @abstractmethod
+    def _block(self, block: BlockCorpus, prepared: BlockCorpus, space: Space, columns: slice) -> Native:
+        """Return the values to rank of a block of queries and some columns of the corpus, by the form they prefer."""
+
+    @abstractmethod
+    def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
+        """Return the accumulated values of single pairs by the direct form, shape (n_pairs,)."""
+
     def prepare(self, corpus: Native, space: Space) -> BlockCorpus:
         """Centre a corpus and take its norms, where the metric has a Gram form."""
-        if space.is_integer or space.form.from_dot is None:
-            return self._take(corpus, None, space)
-        rows = space.metric.prepare_rows(self.xp, corpus)
-        return self._take(rows, rows.mean(axis=0, dtype=np.float64).astype(space.dtype), space)
+        with self.settings():
+            rows = self._prepared_rows(corpus, space)
+            has_centre = not space.is_integer and space.form.from_dot is not None
+            return self._take(rows, self._mean(rows) if has_centre else None, space)
 
     def pairwise(self, queries: Native, prepared: BlockCorpus, space: Space, budget: int) -> Native:
         """Return all distances."""
         xp, n_corpus = self.xp, len(prepared.rows)
-        step, width = self._block_shape(len(queries), n_corpus, 1, space, budget)
+        blocks = self._blocks(len(queries), n_corpus, 1, space, budget)
         # Without a float Gram form nothing is looked at again, and a block can be finished at once.
         is_gram = prepared.centre is not None
         result = xp.empty((len(queries), n_corpus), dtype=space.output)
-        for rows in slices(len(queries), step):
-            block = self._take_queries(queries[rows], prepared, space)
-            for columns in slices(n_corpus, width):
-                values = self._block(block, prepared, space, columns)
-                result[rows, columns] = values if is_gram else self.finish(values, space)
-            if is_gram:
-                self._mend_rows(result[rows], block, prepared, width, space)
-                for columns in slices(n_corpus, width):
-                    result[rows, columns] = self.finish(result[rows, columns], space)
+        with self.settings():
+            for rows in slices(len(queries), blocks.queries):
+                block = self._take_queries(queries[rows], prepared, space)
+                for columns in slices(n_corpus, blocks.corpus):
+                    values = self._block(block, prepared, space, columns)
+                    result[rows, columns] = values if is_gram else self.finish(values, space)
+                if is_gram:
+                    self._mend_rows(result[rows], block, prepared, blocks, space)
+                    for columns in slices(n_corpus, blocks.corpus):
+                        result[rows, columns] = self.finish(result[rows, columns], space)
         return result
 
     def knn(self, queries: Native, prepared: BlockCorpus, k: int, space: Space, budget: int) -> tuple[Native, Native]:
@@ -111,27 +164,127 @@ class BlockwiseBackend(Backend):
         ranked = xp.empty((len(queries), k), dtype=space.ranked)
         indices = xp.empty((len(queries), k), dtype=np.int64)
         wanted = k if prepared.centre is None else min(k + SPARE, n_corpus)
-        step, width = self._block_shape(len(queries), n_corpus, wanted, space, budget)
-        for rows in slices(len(queries), step):
-            block = self._take_queries(queries[rows], prepared, space)
-            found = self._select(partial(self._block, block, prepared, space), n_corpus, wanted, width)
-            if prepared.centre is not None:
-                found = self._mend_neighbors(*found, k, block, prepared, width, space)
-            ranked[rows], indices[rows] = found
+        blocks = self._blocks(len(queries), n_corpus, wanted, space, budget)
+        with self.settings():
+            for rows in slices(len(queries), blocks.queries):
+                block = self._take_queries(queries[rows], prepared, space)
+                found = self._select(partial(self._block, block, prepared, space), n_corpus, wanted, blocks)
+                if prepared.centre is not None:
+                    found = self._mend_neighbors(*found, k, block, prepared, blocks, space)
+                ranked[rows], indices[rows] = found
         return ranked, indices
 
+    def _take_queries(self, queries: Native, prepared: BlockCorpus, space: Space) -> BlockCorpus:
+        return self._take(self._prepared_rows(queries, space), prepared.centre, space)
+
+    def _direct_columns(self, queries: Native, prepared: BlockCorpus, space: Space, columns: slice) -> Native:
+        return self.direct_block(queries, prepared.rows[columns], space)
+
+    def _select(
+        self, values_of: Callable[[slice], Native], n_corpus: int, k: int, blocks: Blocks
+    ) -> tuple[Native, Native]:
+        selection = Selection(self.xp, k)
+        for columns in slices(n_corpus, blocks.corpus):
+            selection.update(values_of(columns), columns.start)
+        return selection.values, selection.indices
+
+    def _mend_neighbors(
+        self, values: Native, indices: Native, k: int, block: BlockCorpus, prepared: BlockCorpus, blocks: Blocks,
+        space: Space,
+    ) -> tuple[Native, Native]:  # fmt: skip
+        """Return the k nearest of Gram candidates by the direct form, or of all rows where those do not suffice."""
+        xp, n_corpus = self.xp, len(prepared.rows)
+        last = values[:, -1]
+        n_queries, wanted = values.shape
+        pairs = xp.repeat(xp.arange(n_queries), wanted), indices.reshape(-1)
+        direct = self._pairs(block.rows, prepared.rows, *pairs, space, blocks.elements).reshape(n_queries, wanted)
+        ranked, nearest = order_rows(xp, direct, indices)
+        ranked, nearest = ranked[:, :k], nearest[:, :k]
+        if wanted == n_corpus:
+            return ranked, nearest
+        # A row at most sqrt(kth) from a query is at most that much longer, which bounds its norm.
+        kth = xp.asarray(ranked[:, -1], dtype=np.float64)
+        length = xp.sqrt(xp.asarray(block.norms, dtype=np.float64))
+        error = space.gram_error * (length**2 + (length + xp.sqrt(kth)) ** 2)
+        # Written so that a comparison with NaN, from an overflow, asks for the direct form.
+        good = (error <= TOLERANCE * kth) | (last - error > kth)
+        again = xp.nonzero(~good)[0]
+        if len(again):
+            direct_of = partial(self._direct_columns, block.rows[again], prepared, space)
+            ranked[again], nearest[again] = self._select(direct_of, n_corpus, k, blocks)
+        return ranked, nearest
+
+    def _mend_rows(
+        self, values: Native, block: BlockCorpus, prepared: BlockCorpus, blocks: Blocks, space: Space
+    ) -> None:
+        """Recompute by the direct form, in place, what the Gram form's declared error could have spoilt.
+
+        That is a row, if the error of any of its values exceeds `TOLERANCE` of both the value and the row's
+        median; and any value that is smaller than its own error, such as the distance of a row to itself.
+        """
+        xp, n_corpus = self.xp, len(prepared.rows)
+        assert block.norms is not None
+        assert prepared.norms is not None
+        declared = space.gram_error
+        sample = values[:, :: max(1, n_corpus // MEDIAN_SAMPLE)]
+        limit = TOLERANCE * xp.median(sample, axis=1)
+        most = declared * (block.norms + prepared.norms.max())
+        spoilt = ~(most <= limit)
+        doubtful = xp.nonzero(spoilt)[0]
+        if len(doubtful):
+            any_too_far = xp.zeros(len(doubtful), dtype=bool)
+            for columns in slices(n_corpus, blocks.corpus):
+                error = declared * (block.norms[doubtful, None] + prepared.norms[None, columns])
+                allowed = xp.maximum(limit[doubtful, None], TOLERANCE * values[doubtful, columns])
+                any_too_far |= (~(error <= allowed)).any(axis=1)
+            spoilt[doubtful] = any_too_far
+        again = xp.nonzero(spoilt)[0]
+        for columns in slices(n_corpus, blocks.corpus):
+            if len(again):
+                values[again, columns] = self.direct_block(block.rows[again], prepared.rows[columns], space)
+            part = values[:, columns]
+            i, j = xp.nonzero((part < most[:, None]) & ~spoilt[:, None])
+            if len(i):
+                part[i, j] = self._pairs(block.rows, prepared.rows, i, j + columns.start, space, blocks.elements)
+
+    def _blocks(self, n_queries: int, n_corpus: int, k: int, space: Space, budget: int) -> Blocks:
+        """Return the largest useful blocks, from what the methods hold at the same time."""
+        size = max(4, space.accumulator.itemsize)
+        lists = 6 * k * (space.ranked.itemsize + 8)
+        pair_bytes = min(budget // 4, 3 * self.largest.elements * size)
+        queries, corpus = block_shape(
+            n_queries,
+            n_corpus,
+            budget=budget - pair_bytes,
+            per_pair=4 * max(size, space.ranked.itemsize) + 8,
+            per_query=4 * space.n_features * size + lists,
+            per_corpus=2 * space.n_features * size,
+            max_queries=self.largest.queries,
+            max_corpus=self.largest.corpus,
+        )
+        return Blocks(queries, corpus, pair_bytes // (3 * size))
+
+
+class BlockwiseBackend(BlockSearch):
+    """An own backend on an array module like numpy."""
+
+    def settings(self) -> AbstractContextManager[None]:
+        """Hold nothing."""
+        return nullcontext()
+
+    def _prepared_rows(self, rows: Native, space: Space) -> Native:
+        return rows if space.is_integer else space.metric.prepare_rows(self.xp, rows)
+
+    def _mean(self, rows: Native) -> Native:
+        return rows.mean(axis=0, dtype=np.float64).astype(rows.dtype)
+
     def _take(self, rows: Native, centre: Native | None, space: Space) -> BlockCorpus:
-        """Return prepared rows with all that the Gram form wants of them."""
         if space.form.from_dot is None:
             return BlockCorpus(rows)
         if centre is None:
             return BlockCorpus(rows, self._integer_norms(rows, space))
         centred = rows - centre
         return BlockCorpus(rows, self.xp.einsum("nf,nf->n", centred, centred), centre, centred)
-
-    def _take_queries(self, queries: Native, prepared: BlockCorpus, space: Space) -> BlockCorpus:
-        rows = queries if space.is_integer else space.metric.prepare_rows(self.xp, queries)
-        return self._take(rows, prepared.centre, space)
 
     def _integer_norms(self, rows: Native, space: Space) -> Native:
         """Return the squared norms that belong to `_exact_dot`'s values: centred, unless the dot itself is wanted."""
@@ -155,7 +308,6 @@ class BlockwiseBackend(Backend):
         return dots
 
     def _block(self, block: BlockCorpus, prepared: BlockCorpus, space: Space, columns: slice) -> Native:
-        """Return the values to rank of a block of queries and some columns of the corpus, by the form they prefer."""
         xp, form, corpus = self.xp, space.form, prepared.rows[columns]
         if form.from_dot is None:
             return self.direct_block(block.rows, corpus, space)
@@ -171,96 +323,16 @@ class BlockwiseBackend(Backend):
             dots -= CENTRE_OF_UINT8**2 * space.n_features
         return form.rank_arrays(xp, form.from_dot(dots, *norms), *norms)
 
-    def _direct_columns(self, queries: Native, prepared: BlockCorpus, space: Space, columns: slice) -> Native:
-        return self.direct_block(queries, prepared.rows[columns], space)
-
     def _centring(self, rows: Native, space: Space) -> Native:
         """Return what centring one side took from its dot products: 128 times the sums of its rows."""
         return CENTRE_OF_UINT8 * rows.sum(axis=1, dtype=space.accumulator)
 
-    def _select(self, values_of: Callable[[slice], Native], n_corpus: int, k: int, width: int) -> tuple[Native, Native]:
-        selection = Selection(self.xp, k)
-        for columns in slices(n_corpus, width):
-            selection.update(values_of(columns), columns.start)
-        return selection.values, selection.indices
-
-    def _mend_neighbors(
-        self, values: Native, indices: Native, k: int, block: BlockCorpus, prepared: BlockCorpus, width: int,
-        space: Space,
-    ) -> tuple[Native, Native]:  # fmt: skip
-        """Return the k nearest of Gram candidates by the direct form, or of all rows where those do not suffice."""
-        xp, n_corpus = self.xp, len(prepared.rows)
-        last = values[:, -1]
-        n_queries, wanted = values.shape
-        pairs = xp.repeat(xp.arange(n_queries), wanted), indices.reshape(-1)
-        direct = self._pairs(block.rows, prepared.rows, *pairs, space).reshape(n_queries, wanted)
-        ranked, nearest = order_rows(xp, direct, indices)
-        ranked, nearest = ranked[:, :k], nearest[:, :k]
-        if wanted == n_corpus:
-            return ranked, nearest
-        # A row at most sqrt(kth) from a query is at most that much longer, which bounds its norm.
-        kth = ranked[:, -1].astype(np.float64)
-        length = xp.sqrt(block.norms.astype(np.float64))  # type: ignore[union-attr]
-        error = space.gram_error * (length**2 + (length + xp.sqrt(kth)) ** 2)
-        # Written so that a comparison with NaN, from an overflow, asks for the direct form.
-        good = (error <= TOLERANCE * kth) | (last - error > kth)
-        again = xp.nonzero(~good)[0]
-        if len(again):
-            direct_of = partial(self._direct_columns, block.rows[again], prepared, space)
-            ranked[again], nearest[again] = self._select(direct_of, n_corpus, k, width)
-        return ranked, nearest
-
-    def _mend_rows(self, values: Native, block: BlockCorpus, prepared: BlockCorpus, width: int, space: Space) -> None:
-        """Recompute by the direct form, in place, what the Gram form's declared error could have spoilt.
-
-        That is a row, if the error of any of its values exceeds `TOLERANCE` of both the value and the row's
-        median; and any value that is smaller than its own error, such as the distance of a row to itself.
-        """
-        xp, n_corpus = self.xp, len(prepared.rows)
-        assert block.norms is not None
-        assert prepared.norms is not None
-        declared = space.gram_error
-        sample = values[:, :: max(1, n_corpus // MEDIAN_SAMPLE)]
-        limit = TOLERANCE * xp.median(sample, axis=1)
-        most = declared * (block.norms + prepared.norms.max())
-        spoilt = ~(most <= limit)
-        doubtful = xp.nonzero(spoilt)[0]
-        if len(doubtful):
-            any_too_far = xp.zeros(len(doubtful), dtype=bool)
-            for columns in slices(n_corpus, width):
-                error = declared * (block.norms[doubtful, None] + prepared.norms[None, columns])
-                allowed = xp.maximum(limit[doubtful, None], TOLERANCE * values[doubtful, columns])
-                any_too_far |= (~(error <= allowed)).any(axis=1)
-            spoilt[doubtful] = any_too_far
-        again = xp.nonzero(spoilt)[0]
-        for columns in slices(n_corpus, width):
-            if len(again):
-                values[again, columns] = self.direct_block(block.rows[again], prepared.rows[columns], space)
-            part = values[:, columns]
-            i, j = xp.nonzero((part < most[:, None]) & ~spoilt[:, None])
-            if len(i):
-                part[i, j] = self._pairs(block.rows, prepared.rows, i, j + columns.start, space)
-
-    def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space) -> Native:
-        """Return the accumulated values of single pairs by the direct form, shape (n_pairs,)."""
+    def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
         xp, step = self.xp, space.form.step
         assert step is not None
         result = xp.zeros(len(i), dtype=space.accumulator)
-        for part in slices(len(i), max(1, PAIR_ELEMENTS // space.n_features)):
+        for part in slices(len(i), max(1, elements // space.n_features)):
             difference = queries[i[part]] - corpus[j[part]]
             for feature in range(space.n_features):
                 step(xp, result[part], difference[:, feature])
         return result
-
-    def _block_shape(self, n_queries: int, n_corpus: int, k: int, space: Space, budget: int) -> tuple[int, int]:
-        """Return the shape of a block, from what the methods above hold at the same time."""
-        size = max(4, space.accumulator.itemsize)
-        lists = 6 * k * (space.ranked.itemsize + 8)
-        return block_shape(
-            n_queries,
-            n_corpus,
-            budget=budget - min(budget // 4, 3 * PAIR_ELEMENTS * size),
-            per_pair=4 * max(size, space.ranked.itemsize) + 8,
-            per_query=4 * space.n_features * size + lists,
-            per_corpus=2 * space.n_features * size,
-        )

@@ -24,6 +24,8 @@ __all__ = ["cache_directory", "cached_on_disk", "compile_cached"]
 
 COMPILERS = ("numba", "llvmlite", "numba-cuda", "numpy")
 
+_config: Any = numba.config  # filled in at run time, so no type checker knows its names
+
 # numba reads its directory from a global when a function is decorated.
 _decorating = threading.RLock()
 
@@ -68,17 +70,17 @@ def cached_on_disk() -> Iterator[bool]:
         read-only machine compiles in every process instead of failing.
     """
     with _decorating:
-        before = numba.config.CACHE_DIR
+        before = _config.CACHE_DIR
         try:
             cache_directory().mkdir(parents=True, exist_ok=True)
         except OSError:
             yield False
             return
-        numba.config.CACHE_DIR = str(cache_directory())
+        _config.CACHE_DIR = str(cache_directory())
         try:
             yield os.access(cache_directory(), os.W_OK)
         finally:
-            numba.config.CACHE_DIR = before
+            _config.CACHE_DIR = before
 
 
 def compile_cached(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

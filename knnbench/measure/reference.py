@@ -1,0 +1,93 @@
+"""The answer that measured answers are checked against: float64, by the direct form."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from knnbench.dtypes import Array
+
+__all__ = ["Verdict", "check_neighbors", "reference_distances"]
+
+# A peer's cancellation on ordinary data stays far below the first; a wrong algorithm far above it.
+LARGEST_ERROR = 1e-2
+LEAST_RECALL = 0.99
+
+# Neighbours as far as the k-th, to this share of it, count as found: which of them is returned is chance.
+TIE = 1e-3
+
+CHUNK_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How far an answer is from the reference.
+
+    Attributes
+    ----------
+    error : float
+        max |d - d_ref| / max d_ref.
+    recall : float
+        Share of the neighbours whose reference distance is at most the k-th, ties included.
+    reason : str
+        Why the answer is wrong; empty if it is right.
+    """
+
+    error: float
+    recall: float
+    reason: str
+
+
+def reference_distances(queries: Array, corpus: Array, metric: str) -> Array:
+    """Return the distances of a few queries to a whole corpus.
+
+    Parameters
+    ----------
+    queries, corpus : (n, n_features) arrays
+        Converted to float64 in chunks.
+    metric : str
+        Canonical name, which is scipy's.
+
+    Returns
+    -------
+    (n_queries, n_corpus) array of float64
+
+    Notes
+    -----
+    scipy's ``cdist`` takes differences in float64 one pair at a time, and none of knnbench's code is in it.
+    """
+    from scipy.spatial.distance import cdist
+
+    rows = max(1, CHUNK_BYTES // (8 * corpus.shape[1]))
+    wide = queries.astype(np.float64)
+    parts = [cdist(wide, corpus[i : i + rows].astype(np.float64), metric) for i in range(0, len(corpus), rows)]
+    return np.concatenate(parts, axis=1)
+
+
+def check_neighbors(distances: Array, indices: Array, reference: Array, *, same_order: bool) -> Verdict:
+    """Check an answer against reference distances.
+
+    Parameters
+    ----------
+    distances, indices : (n, k) arrays
+        The answer.
+    reference : (n, n_corpus) array of float64
+    same_order : bool
+        Whether the indices must be those of the total order, as own backends give them for integers.
+    """
+    k = distances.shape[1]
+    order = np.argsort(reference, axis=1, kind="stable")[:, :k]
+    nearest = np.take_along_axis(reference, order, axis=1)
+    scale = float(nearest.max()) or 1.0
+    error = float(np.abs(distances.astype(np.float64) - nearest).max()) / scale
+    inside = (indices >= 0) & (indices < reference.shape[1])
+    found = np.take_along_axis(reference, np.where(inside, indices, 0), axis=1)
+    repeated = np.diff(np.sort(indices, axis=1), axis=1, prepend=-1) == 0
+    recall = float((inside & ~repeated & (found <= nearest[:, -1:] * (1 + TIE))).mean())
+    reason = ""
+    if not error <= LARGEST_ERROR:  # so that NaN is wrong
+        reason = f"distances are off by {error:.2g} of the largest; at most {LARGEST_ERROR:g} is allowed"
+    elif not recall >= LEAST_RECALL:
+        reason = f"only {recall:.1%} of the neighbours are among the nearest"
+    elif same_order and not np.array_equal(indices, order):
+        reason = "the neighbours are not those of the total order (distance, index)"
+    return Verdict(error if np.isfinite(error) else -1.0, recall, reason)
