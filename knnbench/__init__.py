@@ -6,6 +6,8 @@
 array([[0]])
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .api import Neighbors, Prepared, knn, pairwise, prepare
 from .backends import Status, backends
 from .errors import (
@@ -19,6 +21,9 @@ from .errors import (
 )
 from .metrics import METRICS
 
+if TYPE_CHECKING:
+    from .classifiers import KNNClassifier, RandomSearchClassifier
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -26,10 +31,12 @@ __all__ = [
     "BackendUnavailableError",
     "DatasetError",
     "InvalidInputError",
+    "KNNClassifier",
     "KnnbenchError",
     "Neighbors",
     "OverBudgetError",
     "Prepared",
+    "RandomSearchClassifier",
     "Status",
     "UnknownBackendError",
     "UnsupportedError",
@@ -39,3 +46,16 @@ __all__ = [
     "pairwise",
     "prepare",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The classifiers load scikit-learn, which takes longer than all the rest together.
+    if name in ("KNNClassifier", "RandomSearchClassifier"):
+        from . import classifiers
+
+        return getattr(classifiers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -14,6 +14,7 @@ from knnbench.dtypes import Array, computed_dtype
 from knnbench.errors import InvalidInputError, UnsupportedError
 from knnbench.metrics import Metric, Space, get_metric
 from knnbench.ordering import merge_topk
+from knnbench.threads import limited_blas
 
 __all__ = ["Accuracy", "Neighbors", "Prepared", "knn", "pairwise", "prepare"]
 
@@ -183,15 +184,12 @@ def pairwise(
         require_memory(shape[0] * row_bytes, f"a result of {shape[0]:,} x {shape[1]:,} distances")
     blocks, parts = task.query_blocks(row_bytes), task.corpus_parts()
     if len(blocks) == len(parts) == 1:
-        return task.answer(
-            task.engine.pairwise(task.native(blocks[0]), task.packed(parts[0]), task.space, task.budget_left)
-        )
+        return task.answer(task.pairwise(blocks[0], task.packed(parts[0])))
     result = np.empty(shape, task.space.output)
     for part in parts:
         packed = task.packed(part)
         for block in blocks:
-            answer = task.engine.pairwise(task.native(block), packed, task.space, task.budget_left)
-            result[block, part] = task.engine.to_numpy(answer)
+            result[block, part] = task.engine.to_numpy(task.pairwise(block, packed))
     return task.answer(result)
 
 
@@ -247,8 +245,7 @@ def knn(
     ranked: Any = None
     indices: Any = None
     if len(blocks) == len(parts) == 1:
-        packed = task.packed(parts[0])
-        ranked, indices = task.engine.knn(task.native(blocks[0]), packed, k, task.space, task.budget_left)
+        ranked, indices = task.knn(blocks[0], task.packed(parts[0]), k)
     else:
         for part in parts:
             found = _search(task, blocks, part, min(k, part.stop - part.start))
@@ -421,6 +418,16 @@ class _Task:
             return self.prepared.packed(self.space.dtype)
         return _pack(self.engine, self.prepared.rows[part], self.space)
 
+    def pairwise(self, block: slice, packed: Any) -> Native:
+        """Return the distances of a block of queries."""
+        with limited_blas():
+            return self.engine.pairwise(self.native(block), packed, self.space, self.budget_left)
+
+    def knn(self, block: slice, packed: Any, k: int) -> tuple[Native, Native]:
+        """Return the ranked values and indices of a block of queries."""
+        with limited_blas():
+            return self.engine.knn(self.native(block), packed, k, self.space, self.budget_left)
+
     def answer(self, native: Native) -> Any:
         """Return an answer on the host, or in an array of the queries' library if they live on a device."""
         if self._is_host:
@@ -488,7 +495,7 @@ def _search(task: _Task, blocks: list[slice], part: slice, k: int) -> tuple[Arra
     indices = np.empty((len(task.queries), k), np.int64)
     packed = task.packed(part)
     for block in blocks:
-        values, columns = task.engine.knn(task.native(block), packed, k, task.space, task.budget_left)
+        values, columns = task.knn(block, packed, k)
         ranked[block], indices[block] = task.engine.to_numpy(values), task.engine.to_numpy(columns)
     return ranked, indices + part.start
 
