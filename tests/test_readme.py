@@ -1,0 +1,38 @@
+"""The README's promises: its Python runs, its commands are those of CI, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from knnbench import METRICS
+from knnbench.backends import registry
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_in_the_readme_runs(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_there_is_python_in_the_readme():
+    assert len(BLOCKS) >= 2
+
+
+def test_each_command_sets_itself_up():
+    for mark in ("main", "tests"):
+        (command,) = re.findall(rf"<!-- command: {mark} -->\n```bash\n(.*?)\n```", README, flags=re.DOTALL)
+        assert command.startswith("python3 -m venv ")
+        assert "pip install" in command
+
+
+def test_ci_runs_the_command_of_the_readme():
+    assert 'readme_command "command: tests"' in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [*(name for name, line in registry().items() if not line.peer), *METRICS])
+def test_every_own_backend_and_metric_is_named(name):
+    assert name in README
