@@ -129,28 +129,40 @@ class Selection:
         if self.values.shape[1] < self._k:
             self._append(*self._whole_block(values, start))
             return
-        closer = values < self.values[:, -1:]
-        counts = closer.sum(axis=1)
-        widest = int(counts.max())
-        if not widest:
-            return
+        found = self._closer_columns(values, start)
+        if found is None:
+            found = self._whole_block(values, start)
+        self._append(*found)
+
+    def _closer_columns(self, values: Any, start: int) -> tuple[Any, Any] | None:
+        """Return what is closer than the k-th value of its row, None if that is much of the block."""
+        xp, (n_rows, width) = self._xp, values.shape
+        rows, columns = xp.nonzero(values < self.values[:, -1:])
+        if not len(rows):
+            return values[:, :0], values[:, :0]
+        if len(rows) > n_rows * width * DENSE:
+            return None
+        # Columns of one row lie together; each is placed by how far it comes after the first of them.
+        is_first = xp.full((len(rows),), 1, dtype=np.int64)
+        is_first[1:] = rows[1:] != rows[:-1]
+        place = xp.arange(len(rows)) - xp.nonzero(is_first)[0][xp.cumsum(is_first, axis=0) - 1]
+        widest = int(place.max()) + 1
         if widest > width * DENSE:
-            self._append(*self._whole_block(values, start))
-            return
-        rows, columns = xp.nonzero(closer)
-        place = xp.arange(len(rows)) - (xp.cumsum(counts, axis=0) - counts)[rows]
+            return None
         # Where a row has fewer, its k-th value fills up: it stands right of k values that are not larger.
         few_values = xp.repeat(self.values[:, -1:], widest, axis=1)
-        few_indices = xp.full((len(values), widest), MISSING, dtype=np.int64)
+        few_indices = xp.full((n_rows, widest), MISSING, dtype=np.int64)
         few_values[rows, place] = values[rows, columns]
         few_indices[rows, place] = columns + start
-        self._append(few_values, few_indices)
+        return few_values, few_indices
 
     def _whole_block(self, values: Any, start: int) -> tuple[Any, Any]:
         best, columns = smallest_k(self._xp, values, min(self._k, values.shape[1]))
         return best, columns + start
 
     def _append(self, values: Any, indices: Any) -> None:
+        if not values.shape[1]:
+            return
         # What is held has the smaller indices and stands left, so a stable sort keeps the total order.
         xp = self._xp
         self.values, self.indices = take_smallest(

@@ -18,7 +18,16 @@ from knnbench.metrics import METRICS, Space
 
 from .base import Backend, Capabilities
 
-__all__ = ["ENTRY_POINTS", "Registration", "Status", "backend_status", "backends", "get_backend", "registry", "version_of"]
+__all__ = [
+    "ENTRY_POINTS",
+    "Registration",
+    "Status",
+    "backend_status",
+    "backends",
+    "get_backend",
+    "registry",
+    "version_of",
+]
 
 ENTRY_POINTS = "knnbench.backends"
 
@@ -31,8 +40,8 @@ class Registration:
     ----------
     target : str
         ``module:class``.
-    distribution : str
-        The package whose version is shown.
+    distributions : tuple of str
+        The packages it may come from; the version shown is that of the first installed.
     install : str
         What makes it work; empty where knnbench itself does.
     peer : bool
@@ -40,7 +49,7 @@ class Registration:
     """
 
     target: str
-    distribution: str
+    distributions: tuple[str, ...]
     install: str = ""
     peer: bool = False
 
@@ -50,22 +59,22 @@ _CUDA = "pip install 'knnbench[cuda13]' (or cuda12), with an NVIDIA GPU and its 
 _TORCH_CUDA = "pip install torch (a CUDA build), with an NVIDIA GPU and its driver"
 
 _OWN: dict[str, Registration] = {
-    "python": Registration("knnbench.backends.python:PythonBackend", "knnbench"),
-    "numpy": Registration("knnbench.backends.numpy:NumpyBackend", "numpy"),
-    "numba": Registration("knnbench.backends.numba:NumbaBackend", "numba"),
-    "numba-cuda": Registration("knnbench.backends.numba_cuda:NumbaCudaBackend", "numba-cuda", _CUDA),
-    "cupy": Registration("knnbench.backends.cupy:CupyBackend", "cupy", _CUDA),
-    "torch": Registration("knnbench.backends.torch:TorchBackend", "torch", _TORCH),
-    "torch-cuda": Registration("knnbench.backends.torch:TorchCudaBackend", "torch", _TORCH_CUDA),
-    "notebook": Registration("knnbench.backends.notebook:NotebookBackend", "numpy", peer=True),
-    "torch-cdist": Registration("knnbench.backends.torch_cdist:TorchCdistBackend", "torch", _TORCH, peer=True),
+    "python": Registration("knnbench.backends.python:PythonBackend", ("knnbench",)),
+    "numpy": Registration("knnbench.backends.numpy:NumpyBackend", ("numpy",)),
+    "numba": Registration("knnbench.backends.numba:NumbaBackend", ("numba",)),
+    "numba-cuda": Registration("knnbench.backends.numba_cuda:NumbaCudaBackend", ("numba-cuda",), _CUDA),
+    "cupy": Registration("knnbench.backends.cupy:CupyBackend", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), _CUDA),
+    "torch": Registration("knnbench.backends.torch:TorchBackend", ("torch",), _TORCH),
+    "torch-cuda": Registration("knnbench.backends.torch:TorchCudaBackend", ("torch",), _TORCH_CUDA),
+    "notebook": Registration("knnbench.backends.notebook:NotebookBackend", ("numpy",), peer=True),
+    "torch-cdist": Registration("knnbench.backends.torch_cdist:TorchCdistBackend", ("torch",), _TORCH, peer=True),
     "torch-cdist-cuda": Registration(
-        "knnbench.backends.torch_cdist:TorchCdistCudaBackend", "torch", _TORCH_CUDA, peer=True
+        "knnbench.backends.torch_cdist:TorchCdistCudaBackend", ("torch",), _TORCH_CUDA, peer=True
     ),
-    "scipy": Registration("knnbench.backends.scipy:ScipyBackend", "scipy", peer=True),
-    "sklearn": Registration("knnbench.backends.sklearn:SklearnBackend", "scikit-learn", peer=True),
+    "scipy": Registration("knnbench.backends.scipy:ScipyBackend", ("scipy",), peer=True),
+    "sklearn": Registration("knnbench.backends.sklearn:SklearnBackend", ("scikit-learn",), peer=True),
     "faiss": Registration(
-        "knnbench.backends.faiss:FaissBackend", "faiss-cpu", "pip install 'knnbench[peers]'", peer=True
+        "knnbench.backends.faiss:FaissBackend", ("faiss-cpu", "faiss-gpu"), "pip install 'knnbench[peers]'", peer=True
     ),
 }
 
@@ -110,7 +119,7 @@ def registry() -> dict[str, Registration]:
     known = dict(_OWN)
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         distribution = point.dist.name if point.dist else point.module
-        known.setdefault(point.name, Registration(point.value, distribution))
+        known.setdefault(point.name, Registration(point.value, (distribution,)))
     return known
 
 
@@ -206,12 +215,14 @@ def _probe(backend: Backend) -> str:
 
 def version_of(name: str) -> str:
     """Return the version of a registered backend's library, empty if it is not installed."""
-    try:
-        return importlib.metadata.version(registry()[name].distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    for distribution in registry()[name].distributions:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
+    text = " ".join(str(error).split()).rstrip(".: ")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

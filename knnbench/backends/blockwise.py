@@ -208,6 +208,9 @@ class BlockSearch(Backend):
         error = space.gram_error * (length**2 + (length + xp.sqrt(kth)) ** 2)
         # Written so that a comparison with NaN, from an overflow, asks for the direct form.
         good = (error <= TOLERANCE * kth) | (last - error > kth)
+        # Norms whose sum overflows make some Gram values NaN, which displace candidates of any query.
+        largest_sum = xp.asarray(block.norms, dtype=np.float64) + float(prepared.norms.max())  # type: ignore[union-attr]
+        good &= largest_sum <= float(np.finfo(space.dtype).max) / 4
         again = xp.nonzero(~good)[0]
         if len(again):
             direct_of = partial(self._direct_columns, block.rows[again], prepared, space)

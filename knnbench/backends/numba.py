@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from knnbench.blocking import block_shape, slices
+from knnbench.blocking import block_shape, chunk_rows, slices
 from knnbench.dtypes import Array
 from knnbench.kernels.cpu_tiles import no_norms, tile_kernels
 from knnbench.metrics import Space
 from knnbench.threads import thread_count
 
-from .base import Capabilities, HostBackend, Native, chunk_rows
+from .base import Capabilities, HostBackend, Native
 
 __all__ = ["NumbaBackend"]
 

@@ -1,0 +1,422 @@
+"""PyTorch, on the CPU and on CUDA: one implementation, with the device as the only difference.
+
+The search is that of `knnbench.backends.blockwise`; here is what its blocks are computed with. The choice
+among equal values cannot be left to ``torch.topk``, which does not specify it: it gives the k-th value only.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from knnbench import interchange, metrics
+from knnbench.blocking import chunk_rows, slices
+from knnbench.dtypes import Array
+from knnbench.errors import BackendUnavailableError
+from knnbench.metrics import METRICS, Space
+from knnbench.threads import THREADS_VARIABLE, thread_count
+
+from .base import Backend, Capabilities, Native, Scan
+from .blockwise import CENTRE_OF_UINT8, EXACT_FEATURES, BlockCorpus, Blocks, BlockSearch
+
+__all__ = ["TorchArrays", "TorchBackend", "TorchCudaBackend"]
+
+DTYPES: dict[np.dtype[Any], torch.dtype] = {
+    np.dtype(name): getattr(torch, name) for name in ("bool", "uint8", "int32", "int64", "float32", "float64")
+}
+
+# Differences that a tile of the direct form holds on the CPU, and queries that it takes: the tile stays in the
+# caches, and there is enough of it for all threads.
+TILE_ELEMENTS = 1 << 20
+TILE_QUERIES = 16
+
+# Features from which such tiles are faster on the CPU than torch.cdist, which takes one pair after the other.
+TILED_FEATURES = 64
+
+# Sums of at most this many uint8 stay below 2**24, so that float32 holds them exactly.
+EXACT_SUM = 2**24 // 255
+
+
+class NumpyNames:
+    """The functions of numpy that the search calls, on tensors of one device.
+
+    What is not defined here has the same name, arguments and meaning in torch.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, shape: Any, dtype: Any) -> Native:
+        """Return a tensor of any values."""
+        return torch.empty(shape, dtype=DTYPES[np.dtype(dtype)], device=self._device)
+
+    def full(self, shape: Any, value: Any, dtype: Any) -> Native:
+        """Return a tensor of one value."""
+        return torch.full(shape, value, dtype=DTYPES[np.dtype(dtype)], device=self._device)
+
+    def zeros(self, shape: Any, dtype: Any) -> Native:
+        """Return a tensor of zeros."""
+        return torch.zeros(shape, dtype=DTYPES[np.dtype(dtype)], device=self._device)
+
+    def arange(self, stop: int, dtype: Any = np.int64) -> Native:
+        """Return the whole numbers below `stop`."""
+        return torch.arange(stop, dtype=DTYPES[np.dtype(dtype)], device=self._device)
+
+    def asarray(self, array: Native, dtype: Any) -> Native:
+        """Return the tensor in that dtype."""
+        return array.to(DTYPES[np.dtype(dtype)])
+
+    def nonzero(self, array: Native) -> Native:
+        """Return the indices of what is true, a tensor for each axis."""
+        return torch.nonzero(array, as_tuple=True)
+
+    def repeat(self, array: Native, times: int, axis: int = 0) -> Native:
+        """Return the elements of an axis, each several times."""
+        return torch.repeat_interleave(array, times, dim=axis)
+
+    def take_along_axis(self, array: Native, indices: Native, axis: int) -> Native:
+        """Return the elements at `indices` of each row."""
+        return torch.take_along_dim(array, indices, dim=axis)
+
+    def argsort(self, array: Native, axis: int, kind: str) -> Native:
+        """Return the order of each row."""
+        return torch.argsort(array, dim=axis, stable=kind == "stable")
+
+    def partition(self, array: Native, kth: int, axis: int) -> Native:
+        """Return the partition up to the k-th element, which is all that is looked at."""
+        return torch.topk(array, kth + 1, dim=axis, largest=False).values
+
+    def median(self, array: Native, axis: int) -> Native:
+        """Return the median; of an even number the smaller. torch's own has no deterministic form on CUDA."""
+        return torch.sort(array, dim=axis).values.select(axis, (array.shape[axis] - 1) // 2)
+
+    def maximum(self, array: Native, other: Any) -> Native:
+        """Return the larger of each element and another, or of each element and a number."""
+        return torch.maximum(array, other) if isinstance(other, torch.Tensor) else torch.clamp(array, min=other)
+
+
+@dataclass(frozen=True, slots=True)
+class DirectForm:
+    """The array form of one scalar step, on whole rows.
+
+    Attributes
+    ----------
+    order : float
+        Of the norm that ``torch.cdist`` computes.
+    from_norm : callable
+        Takes this norm to the accumulated value, in place.
+    terms : callable
+        Takes differences of features to what is accumulated of them, in place.
+    reduce : callable
+        ``(terms, axis) -> accumulated``.
+    """
+
+    order: float
+    from_norm: Callable[[Native], Native]
+    terms: Callable[[Native], Native]
+    reduce: Callable[[Native, int], Native]
+
+
+DIRECT_FORMS: dict[Any, DirectForm] = {
+    metrics.step_squares: DirectForm(2.0, torch.Tensor.square_, torch.Tensor.square_, torch.sum),
+    metrics.step_absolutes: DirectForm(1.0, torch.Tensor.abs_, torch.Tensor.abs_, torch.sum),
+    metrics.step_largest: DirectForm(math.inf, torch.Tensor.abs_, torch.Tensor.abs_, torch.amax),
+}
+
+# `Form.from_dot` in place of the dot products: at 784 features its temporaries would cost a fifth of the product.
+FROM_DOT: dict[Any, Callable[[Native, Native, Native], Native]] = {
+    metrics.squares_from_dot: lambda dot, query_norms, corpus_norms: torch.sub(
+        corpus_norms, dot, alpha=2, out=dot
+    ).add_(query_norms),
+    metrics.dot_itself: metrics.dot_itself,
+}
+
+
+# A metric on a step that is not in the table above is not claimed.
+SUPPORTED = frozenset(
+    metric.name for metric in METRICS.values() if {metric.floating.step, metric.integer.step} <= {None, *DIRECT_FORMS}
+)
+
+
+class TorchArrays(Backend):
+    """The array side of a backend whose arrays are tensors on the device that its capabilities name."""
+
+    def to_native(self, rows: Any, dtype: np.dtype[Any]) -> Native:
+        """Return a contiguous tensor, detached from any graph."""
+        device = self.capabilities.device
+        require_device(device)
+        if isinstance(rows, torch.Tensor):
+            tensor = rows.detach()
+        elif interchange.on_device(rows):
+            tensor = torch.as_tensor(rows, device=device)
+            # Its library may still be writing it on a stream that torch does not know.
+            torch.cuda.synchronize()
+        else:
+            tensor = torch.from_numpy(writeable(np.ascontiguousarray(rows, dtype=dtype)))
+        return tensor.to(device, DTYPES[np.dtype(dtype)]).contiguous()
+
+    def to_numpy(self, native: Native) -> Array:
+        """Return the tensor's own memory on the CPU, a copy from CUDA."""
+        return np.asarray(native.cpu().numpy())
+
+    def synchronize(self) -> None:
+        """Wait for the device; a call on the CPU returns when it is done."""
+        if self.capabilities.device == "cuda":
+            torch.cuda.synchronize()
+
+    def scan(self, native: Native, *, finite: bool, zero: bool) -> Scan:
+        """Look through the rows in chunks."""
+        finite = finite and native.is_floating_point()
+        return Scan(
+            first_row(native, lambda chunk: ~torch.isfinite(chunk).all(dim=1)) if finite else None,
+            first_row(native, lambda chunk: ~chunk.any(dim=1)) if zero else None,
+        )
+
+
+class TorchSearch(TorchArrays, BlockSearch):
+    """The blockwise search on tensors."""
+
+    @property
+    def xp(self) -> Any:
+        """numpy's names for torch's functions."""
+        return NumpyNames(self.capabilities.device)
+
+    def settings(self) -> AbstractContextManager[None]:
+        """Hold torch's global switches."""
+        return plain_arithmetic(self.capabilities.device)
+
+    def finish(self, ranked: Native, space: Space) -> Native:
+        """Return the distances of ranked values."""
+        is_rounded = space.is_integer and not space.form.keeps_integers
+        wide = ranked.to(torch.float64) if is_rounded else ranked
+        return space.form.finish(self.xp, wide).to(DTYPES[space.output])
+
+    def direct_block(self, queries: Native, corpus: Native, space: Space) -> Native:
+        """Return the accumulated values of all pairs.
+
+        Notes
+        -----
+        On uint8, with terms of at most 255, the sums are taken in float32 where it holds them exactly, else in
+        float64.
+        """
+        a, b = (rows.to(unit_of(space)) for rows in (queries, corpus))
+        form = DIRECT_FORMS[space.form.step]
+        if self.capabilities.device == "cuda" or space.n_features < TILED_FEATURES:
+            norms = torch.cdist(a, b, p=form.order, compute_mode="donot_use_mm_for_euclid_dist")
+            return form.from_norm(norms).to(DTYPES[space.accumulator])
+        result = torch.empty((len(a), len(b)), dtype=DTYPES[space.accumulator])
+        # Not more than the rows themselves, which the budget counts.
+        elements = min(TILE_ELEMENTS, (len(a) + len(b)) * space.n_features)
+        width = min(len(b), max(1, elements // (TILE_QUERIES * space.n_features)))
+        height = max(1, elements // (width * space.n_features))
+        tile = torch.empty((min(height, len(a)), width, space.n_features), dtype=a.dtype)
+        for rows in slices(len(a), height):
+            for columns in slices(len(b), width):
+                part = tile[: rows.stop - rows.start, : columns.stop - columns.start]
+                torch.sub(a[rows, None], b[columns], out=part)
+                result[rows, columns] = over_features(form.reduce, form.terms(part))
+        return result
+
+    def _prepared_rows(self, rows: Native, space: Space) -> Native:
+        return unit_rows(rows) if space.metric.unit_rows and not space.is_integer else rows
+
+    def _mean(self, rows: Native) -> Native:
+        total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        for chunk in row_chunks(rows):
+            total += chunk.sum(dim=0, dtype=torch.float64)
+        return (total / len(rows)).to(rows.dtype)
+
+    def _take(self, rows: Native, centre: Native | None, space: Space) -> BlockCorpus:
+        form = space.form
+        if form.from_dot is None:
+            return BlockCorpus(rows)
+        if centre is not None:
+            centred = rows - centre
+            return BlockCorpus(rows, squared_norms(centred, centred.dtype), centre, centred)
+        # As the dot products they belong to: centred, unless the dot itself is wanted.
+        shift = 0 if form.rank_uses_norms else CENTRE_OF_UINT8
+        dtype = torch.float64 if form.rank_uses_norms else DTYPES[space.accumulator]
+        return BlockCorpus(rows, squared_norms(rows, dtype, shift))
+
+    def _block(self, block: BlockCorpus, prepared: BlockCorpus, space: Space, columns: slice) -> Native:
+        form, corpus = space.form, prepared.rows[columns]
+        if form.from_dot is None:
+            return self.direct_block(block.rows, corpus, space)
+        assert block.norms is not None
+        assert prepared.norms is not None
+        norms = block.norms[:, None], prepared.norms[None, columns]
+        if prepared.centred is not None:
+            assert block.centred is not None
+            dots = torch.matmul(block.centred, prepared.centred[columns].T)
+        else:
+            dots = exact_dot(block.rows, corpus, space)
+        return form.rank_arrays(torch, FROM_DOT[form.from_dot](dots, *norms), *norms)
+
+    def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
+        form = DIRECT_FORMS[space.form.step]
+        result = torch.empty(len(i), dtype=DTYPES[space.accumulator], device=i.device)
+        for part in slices(len(i), max(1, elements // space.n_features)):
+            difference = queries.index_select(0, i[part]).sub_(corpus.index_select(0, j[part]))
+            result[part] = over_features(form.reduce, form.terms(difference))
+        return result
+
+
+class TorchBackend(TorchSearch):
+    """PyTorch on the CPU."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(device="cpu", metrics=SUPPORTED)
+
+
+class TorchCudaBackend(TorchSearch):
+    """PyTorch on the current CUDA device."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(device="cuda", metrics=SUPPORTED)
+    # Starting a kernel costs as much as the product of a small block.
+    largest: ClassVar[Blocks] = Blocks(queries=4096, corpus=16_384, elements=1 << 24)
+
+
+def require_device(device: str) -> None:
+    """Raise `BackendUnavailableError` if torch cannot compute on `device`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        built_for = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
+        raise BackendUnavailableError(f"no CUDA device: torch {torch.__version__} {built_for}")
+
+
+@contextmanager
+def plain_arithmetic(device: str) -> Iterator[None]:
+    """Hold the global switches that change what an operation computes, and leave them as found.
+
+    These are autocast, the precision of float32 products (TF32 on CUDA, bfloat16 on the CPU) and, where
+    $KNNBENCH_THREADS is set, the number of threads. Tensors are detached, and made with a dtype and a device,
+    so that the gradient mode and torch's defaults of both do not matter.
+    """
+    threads = torch.get_num_threads()
+    wanted = thread_count() if os.environ.get(THREADS_VARIABLE) else threads
+    with torch.autocast(device, enabled=False), full_precision(device):
+        if wanted != threads:
+            torch.set_num_threads(wanted)
+        try:
+            yield
+        finally:
+            if wanted != threads:
+                torch.set_num_threads(threads)
+
+
+@contextmanager
+def full_precision(device: str) -> Iterator[None]:
+    """Hold the precision of float32 matrix products at float32."""
+    backends: Any = torch.backends  # filled in at run time, so no type checker knows its names
+    switch = backends.cuda.matmul if device == "cuda" else backends.mkldnn.matmul
+    before = switch.fp32_precision
+    if before in ("none", "ieee"):
+        yield
+        return
+    switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+class Writeable:
+    """An array's memory, said to be writeable: torch has no read-only tensors, and warns of such arrays.
+
+    Nothing here writes to an input.
+    """
+
+    def __init__(self, array: Array) -> None:
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+        self._array = array
+
+
+def writeable(array: Array) -> Array:
+    """Return `array`, or a view that calls its memory writeable."""
+    return array if array.flags.writeable else np.asarray(Writeable(array))
+
+
+def row_chunks(rows: Native) -> Iterator[Native]:
+    """Yield a tensor's rows in chunks whose temporary copies stay small."""
+    return iter(rows.split(chunk_rows(rows.shape[1])))
+
+
+def first_row(rows: Native, is_bad: Callable[[Native], Native]) -> int | None:
+    """Return the first row that is bad, None if none is."""
+    start = 0
+    for chunk in row_chunks(rows):
+        bad = torch.nonzero(is_bad(chunk))
+        if len(bad):
+            return start + int(bad[0])
+        start += len(chunk)
+    return None
+
+
+def unit_of(space: Space) -> torch.dtype:
+    """Return the float dtype that differences are summed in."""
+    if space.is_integer:
+        return torch.float32 if space.n_features <= EXACT_SUM else torch.float64
+    return DTYPES[space.dtype]
+
+
+def over_features(reduce: Callable[[Native, int], Native], terms: Native) -> Native:
+    """Reduce the last axis, each row rounded in the same way whatever the rows beside it.
+
+    A reduction to a single number is split over the threads by torch, and rounded otherwise.
+    """
+    if terms.numel() > terms.shape[-1]:
+        return reduce(terms, -1)
+    return reduce(terms.expand(2, *terms.shape[1:]), -1)[:1]
+
+
+def squared_norms(rows: Native, dtype: torch.dtype, shift: int = 0) -> Native:
+    """Return the squared norms of rows, or of uint8 rows less `shift`; of uint8 exactly."""
+    norms = torch.empty(len(rows), dtype=dtype, device=rows.device)
+    start = 0
+    for chunk in row_chunks(rows):
+        values = chunk if chunk.is_floating_point() else chunk.to(torch.int32) - shift
+        norms[start : start + len(chunk)] = values.square().sum(dim=1)
+        start += len(chunk)
+    return norms
+
+
+def exact_dot(queries: Native, corpus: Native, space: Space) -> Native:
+    """Return the exact dot products that the form wants of uint8 rows: centred, unless the dot itself is wanted.
+
+    The product runs on centred rows in float32, on as many features as it is exact for.
+    """
+    dtype = DTYPES[space.accumulator]
+    dots: Any = None
+    for features in slices(space.n_features, EXACT_FEATURES):
+        a, b = (rows[:, features].to(torch.float32).sub_(CENTRE_OF_UINT8) for rows in (queries, corpus))
+        product = torch.matmul(a, b.T).to(dtype)
+        dots = product if dots is None else dots.add_(product)
+    if space.form.rank_uses_norms:
+        dots += CENTRE_OF_UINT8 * queries.sum(dim=1, dtype=dtype)[:, None]
+        dots += CENTRE_OF_UINT8 * corpus.sum(dim=1, dtype=dtype)
+        dots -= CENTRE_OF_UINT8**2 * space.n_features
+    return dots
+
+
+def unit_rows(rows: Native) -> Native:
+    """Return float rows divided by their length: `Metric.prepare_rows` on tensors.
+
+    The largest element of a row is first scaled to between 1 and 2, by dividing by a power of two, which is
+    exact.
+    """
+    result = torch.empty_like(rows)
+    start = 0
+    for chunk in row_chunks(rows):
+        largest = chunk.abs().amax(dim=1, keepdim=True)
+        mantissa, _ = torch.frexp(largest)
+        wide = (chunk / (largest / (2 * mantissa))).to(torch.float64)
+        result[start : start + len(chunk)] = wide / wide.square().sum(dim=1, keepdim=True).sqrt()
+        start += len(chunk)
+    return result
