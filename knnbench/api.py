@@ -29,7 +29,8 @@ class Neighbors(tuple[Any, Any]):
     distances : (n_queries, k) array
         Ascending.
     indices : (n_queries, k) array of int64
-        Corpus rows; ascending where distances are equal.
+        Corpus rows, in the order (value ranked, index): ascending where distances are equal, unless the last
+        rounding made them so (two squared distances can have one float32 root).
     backend : str
         The backend that computed them.
     passed_over : dict of str to str
@@ -200,7 +201,7 @@ def knn(
     metric: str | None = None,
     *,
     backend: str = "auto",
-    accuracy: Accuracy = "fast",
+    accuracy: Accuracy | None = None,
     memory_budget: int | None = None,
     check_finite: bool = True,
 ) -> Neighbors:
@@ -217,9 +218,9 @@ def knn(
         ``1 <= k <= n_corpus``.
     metric, backend, memory_budget, check_finite
         As for `pairwise`.
-    accuracy : {"fast", "exact"}
-        ``"fast"``: the backend's native arithmetic. ``"exact"``: the neighbours are those of exact arithmetic
-        on the given values, which holds for uint8 on every own backend.
+    accuracy : {"fast", "exact"}, optional
+        That of a `Prepared` corpus, otherwise ``"fast"``: the backend's native arithmetic. ``"exact"``: the
+        neighbours are those of exact arithmetic on the given values, which holds for uint8 on every own backend.
 
     Returns
     -------
@@ -335,14 +336,20 @@ def as_rows(array: Any, name: str) -> Any:
     return rows
 
 
-def check_k(k: Any, n_corpus: int) -> int:
-    """Return `k` as an int from 1 to `n_corpus`, or raise `InvalidInputError`."""
+def check_count(name: str, value: Any) -> int:
+    """Return `value` as an int, or raise `InvalidInputError` if it is not a whole number of at least 1."""
     try:
-        count = 0 if isinstance(k, bool) else operator.index(k)
+        count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         count = 0
     if count < 1:
-        raise InvalidInputError(f"k is {k!r}; expected a whole number of at least 1.")
+        raise InvalidInputError(f"{name} is {value!r}; expected a whole number of at least 1.")
+    return count
+
+
+def check_k(k: Any, n_corpus: int) -> int:
+    """Return `k` as an int from 1 to `n_corpus`, or raise `InvalidInputError`."""
+    count = check_count("k", k)
     if count > n_corpus:
         raise InvalidInputError(f"k={count} exceeds n_corpus={n_corpus}; there are no more neighbours than rows.")
     return count
@@ -442,12 +449,15 @@ def _enter(
     corpus: Any,
     metric: str | None,
     backend: str,
-    accuracy: Accuracy,
+    accuracy: Accuracy | None,
     memory_budget: int | None,
     check_finite: bool,
 ) -> _Task:
     """Check a call and decide all that follows from its arguments."""
-    budget, accuracy = check_budget(memory_budget), check_accuracy(accuracy)
+    budget = check_budget(memory_budget)
+    if accuracy is None:
+        accuracy = corpus.accuracy if isinstance(corpus, Prepared) else "fast"
+    accuracy = check_accuracy(accuracy)
     queries = as_rows(queries, "queries")
     rows = corpus if isinstance(corpus, Prepared) else as_rows(corpus, "corpus")
     if queries.shape[1] != rows.shape[1]:
@@ -534,7 +544,9 @@ def _check_values(rows: Any, name: str, engine: Backend, metric: Metric, check_f
         native = engine.to_native(rows, rows_dtype(rows))
         found = engine.scan(native, finite=check_finite, zero=metric.unit_rows)
     else:
-        found = scan_rows(np, rows, finite=check_finite, zero=metric.unit_rows)
+        # Converted, because a long double may overflow, or vanish, in float64.
+        with np.errstate(over="ignore"):
+            found = scan_rows(np, rows, finite=check_finite, zero=metric.unit_rows, dtype=rows_dtype(rows))
     if found.not_finite is not None:
         raise InvalidInputError(
             f"{name} row {found.not_finite} holds NaN or infinity; expected finite values (check_finite=False skips "

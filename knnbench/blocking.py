@@ -17,6 +17,7 @@ __all__ = [
     "available_memory",
     "block_shape",
     "check_budget",
+    "chunk_rows",
     "require_memory",
     "slices",
 ]
@@ -28,6 +29,9 @@ DEFAULT_BUDGET = 1 << 30
 # processors; a larger budget than they need buys nothing.
 MAX_QUERIES = 1024
 MAX_CORPUS = 4096
+
+# Elements that are looked at, converted or scaled together.
+CHUNK_ELEMENTS = 1 << 18
 
 
 def check_budget(memory_budget: int | None = None) -> int:
@@ -56,7 +60,7 @@ def check_budget(memory_budget: int | None = None) -> int:
         budget = int(value) if isinstance(value, str) else operator.index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         budget = 0
-    if budget < 1:
+    if budget < 1 or isinstance(value, bool):
         raise InvalidInputError(
             f"{source} is {value!r}; expected a positive whole number of bytes, such as {DEFAULT_BUDGET}."
         )
@@ -100,7 +104,7 @@ def block_shape(
     Examples
     --------
     >>> block_shape(10_000, 60_000, budget=1 << 20, per_pair=8)
-    (256, 512)
+    (512, 256)
     """
     queries, corpus = min(n_queries, max_queries), min(n_corpus, max_corpus)
 
@@ -131,6 +135,17 @@ def slices(n: int, step: int) -> Iterator[slice]:
     """
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
+
+
+def chunk_rows(n_features: int) -> int:
+    """Return how many rows make a chunk whose temporary copies, of any dtype, stay at a few MiB.
+
+    Examples
+    --------
+    >>> chunk_rows(1024)
+    256
+    """
+    return max(1, CHUNK_ELEMENTS // n_features)
 
 
 def available_memory() -> int | None:

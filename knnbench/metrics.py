@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from knnbench.blocking import chunk_rows, slices
 from knnbench.dtypes import Array, integer_accumulator
 from knnbench.errors import InvalidInputError
 
@@ -205,17 +206,27 @@ class Metric:
         Returns
         -------
         (n, n_features) array of the same dtype
-            `rows` itself, or for cosine its rows divided by their length. The largest element is first
-            scaled to about 1 by a power of two, which is exact, so that no norm overflows or underflows.
+            `rows` itself, or for cosine a copy whose rows have unit length (`unit_rows`).
         """
         if not self.unit_rows:
             return rows
-        _, exponents = xp.frexp(xp.abs(rows).max(axis=1))
-        # In two steps: the power of two that lifts the smallest subnormals is itself out of range.
-        first = exponents // 2
-        scaled = xp.ldexp(xp.ldexp(rows, -first[:, None]), -(exponents - first)[:, None])
-        norms = xp.sqrt(xp.einsum("nf,nf->n", scaled, scaled, dtype=np.float64))
-        return (scaled / norms[:, None]).astype(rows.dtype)
+        result = xp.empty_like(rows)
+        for chunk in slices(len(rows), chunk_rows(rows.shape[1])):
+            result[chunk] = unit_rows(xp, rows[chunk])
+        return result
+
+
+def unit_rows(xp: Any, rows: Number) -> Number:
+    """Return float rows divided by their length, which neither overflows nor underflows.
+
+    Each is first scaled to a largest element of about 1, by a power of two, which is exact.
+    """
+    _, exponents = xp.frexp(xp.abs(rows).max(axis=1))
+    # In two steps: the power of two that lifts the smallest subnormals is itself out of range.
+    first = exponents // 2
+    scaled = xp.ldexp(xp.ldexp(rows, -first[:, None]), -(exponents - first)[:, None])
+    norms = xp.sqrt(xp.einsum("nf,nf->n", scaled, scaled, dtype=np.float64))
+    return (scaled / norms[:, None]).astype(rows.dtype)
 
 
 @dataclass(frozen=True, slots=True)

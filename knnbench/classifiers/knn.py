@@ -1,6 +1,5 @@
 """The k-nearest-neighbours vote as a scikit-learn classifier, on any backend."""
 
-import operator
 from collections.abc import Iterable
 from typing import Any, Literal, Self, get_args
 
@@ -10,7 +9,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from knnbench.api import Accuracy, knn, prepare
+from knnbench.api import Accuracy, check_count, knn, prepare
 from knnbench.blocking import check_budget
 from knnbench.dtypes import Array
 from knnbench.errors import InvalidInputError
@@ -285,7 +284,6 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             queries,
             self.prepared_,
             k + 1 if X is None else k,
-            accuracy=self.prepared_.accuracy,
             memory_budget=self.memory_budget,
             check_finite=False,  # scikit-learn's validation has looked
         )
@@ -378,17 +376,6 @@ def training_data(estimator: Any, X: Any, y: Any) -> tuple[Array, Array, Array]:
     check_classification_targets(y)
     classes, codes = np.unique(y, return_inverse=True)
     return X, classes, codes.astype(np.int64, copy=False)
-
-
-def check_count(name: str, value: Any) -> int:
-    """Return `value` as an int, or raise `InvalidInputError` if it is not a whole number of at least 1."""
-    try:
-        count = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise InvalidInputError(f"{name} is {value!r}; expected a whole number of at least 1.")
-    return count
 
 
 def check_weights(weights: Any) -> None:

@@ -9,13 +9,14 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from knnbench.api import check_count
 from knnbench.backends import get_backend
-from knnbench.backends.base import chunk_rows
-from knnbench.blocking import slices
+from knnbench.blocking import chunk_rows, slices
 from knnbench.dtypes import Array, computed_dtype
 from knnbench.errors import InvalidInputError
+from knnbench.threads import limited_blas
 
-from .knn import check_count, training_data
+from .knn import training_data
 
 __all__ = ["RandomSearchClassifier"]
 
@@ -159,29 +160,28 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         n_batches = math.ceil(len(X) / NOTEBOOK_BATCH)
         dtype = np.result_type(X.dtype, np.float32)
 
-        W = (init_scale * generator(seed, 0).standard_normal(shape)).astype(dtype)
-        b = np.zeros(shape[1], dtype)
-        best = math.inf
         accepted: list[int] = []
         curve: list[float] = []
-        fruitless = 0
-        for iteration in range(max_iter):
-            steps = generator(seed, 1 + iteration)
-            W_next = (W + step_size * steps.standard_normal(shape)).astype(dtype)
-            b_next = (b + step_size * steps.standard_normal(shape[1])).astype(dtype)
-            # An overflow ends in a loss that is not finite, which is not below any other.
-            with np.errstate(over="ignore", invalid="ignore"):
+        best, fruitless = math.inf, 0
+        # An overflow ends in a loss that is not finite, which is not below any other.
+        with limited_blas(), np.errstate(over="ignore", invalid="ignore"):
+            W = (init_scale * generator(seed, 0).standard_normal(shape)).astype(dtype)
+            b = np.zeros(shape[1], dtype)
+            for iteration in range(max_iter):
+                steps = generator(seed, 1 + iteration)
+                W_next = (W + step_size * steps.standard_normal(shape)).astype(dtype)
+                b_next = (b + step_size * steps.standard_normal(shape[1])).astype(dtype)
                 loss = float(engine.linear_loss(X, codes, W_next[None], b_next[None])[0]) / len(X)
-            if loss < best:
-                W, b, best, fruitless = W_next, b_next, loss, 0
-                accepted.append(iteration)
-                curve.append(loss)
-                if self.verbose:
-                    print(f"iteration {iteration}: loss {n_batches * loss:.6g}")
-            else:
-                fruitless += 1
-                if fruitless == patience:
-                    break
+                if loss < best:
+                    W, b, best, fruitless = W_next, b_next, loss, 0
+                    accepted.append(iteration)
+                    curve.append(loss)
+                    if self.verbose:
+                        print(f"iteration {iteration}: loss {n_batches * loss:.6g}")
+                else:
+                    fruitless += 1
+                    if fruitless == patience:
+                        break
         if not accepted:
             raise InvalidInputError(
                 f"no candidate has a finite loss in {dtype}; X reaches {np.abs(X).max():.3g}: expected values small "
@@ -247,8 +247,9 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         X = validate_data(self, X, reset=False)
         dtype = np.result_type(computed_dtype(X.dtype), self.coef_.dtype)
         logits = np.empty((len(X), len(self.classes_)))
-        for rows in slices(len(X), chunk_rows(X.shape[1])):
-            logits[rows] = X[rows].astype(dtype, copy=False) @ self.coef_.T
+        with limited_blas():
+            for rows in slices(len(X), chunk_rows(X.shape[1])):
+                logits[rows] = X[rows].astype(dtype, copy=False) @ self.coef_.T
         return np.asarray(logits + self.intercept_)
 
     def __sklearn_tags__(self) -> Any:

@@ -8,7 +8,7 @@ device pays depends on the machine and is for measurement to say.
 
 from knnbench.backends import backend_status
 from knnbench.backends.base import Capabilities
-from knnbench.errors import BackendUnavailableError
+from knnbench.errors import BackendUnavailableError, UnsupportedError
 from knnbench.metrics import Space
 
 __all__ = ["choose", "lacks"]
@@ -57,17 +57,19 @@ def choose(space: Space, accuracy: str, device: str) -> tuple[str, dict[str, str
 
     Raises
     ------
-    BackendUnavailableError
-        If none is left; the text gives every reason.
+    UnsupportedError, BackendUnavailableError
+        If none of those that work has what is asked for, or none works; the text gives every reason.
     """
     passed_over: dict[str, str] = {}
+    works = False
     for name in PREFERENCE[device]:
         status = backend_status(name)
         reason = status.reason
-        if status.ok and status.capabilities is not None:
-            reason = lacks(status.capabilities, space, accuracy)
-            if not reason:
-                return name, passed_over
+        if status.capabilities is not None and status.ok:
+            works, reason = True, lacks(status.capabilities, space, accuracy)
+        if not reason:
+            return name, passed_over
         passed_over[name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
-    raise BackendUnavailableError(f"backend 'auto' found none for data on {device!r}: {reasons}.")
+    kind = UnsupportedError if works else BackendUnavailableError
+    raise kind(f"backend 'auto' found none for data on {device!r}: {reasons}.")
