@@ -1,0 +1,405 @@
+"""RandomSearchClassifier: the notebook's method, the same on every backend and in every run."""
+
+import math
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from threadpoolctl import threadpool_info
+
+from knnbench.classifiers import RandomSearchClassifier
+from knnbench.errors import InvalidInputError, UnknownBackendError
+
+MODULE = "knnbench.classifiers.random_search"
+FITTED = ("coef_", "intercept_", "best_loss_", "n_iter_", "accepted_iterations_", "loss_curve_", "seed_")
+
+
+def images(n: int = 300, dtype: str = "uint8") -> tuple[np.ndarray, np.ndarray]:
+    X, y = load_digits(return_X_y=True)
+    return X[:n].astype(dtype), y[:n]
+
+
+def same_run(first: RandomSearchClassifier, second: RandomSearchClassifier) -> bool:
+    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in FITTED)
+
+
+def draw(seed: int, counter: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, counter]))
+
+
+def notebook(
+    X: np.ndarray, y: np.ndarray, *, seed: int, max_iter: int, patience: int, step_size: float, init_scale: float
+) -> tuple[list[int], list[float], int]:
+    """The original search, batch by batch and sample by sample.
+
+    Returns the accepted iterations, the sum of the batches' mean losses after each, and the iterations executed.
+    """
+    n_classes = int(y.max()) + 1
+    shuffle = np.random.default_rng(99)
+    W = draw(seed, 0).standard_normal((X.shape[1], n_classes)) * init_scale
+    b = np.zeros(n_classes)
+    best, since = math.inf, 0
+    accepted, losses = [], []
+    executed = 0
+    for iteration in range(max_iter):
+        executed += 1
+        noise = draw(seed, 1 + iteration)
+        W_new = W + noise.standard_normal(W.shape) * step_size
+        b_new = b + noise.standard_normal(b.shape) * step_size
+        order = shuffle.permutation(len(X))
+        loss = 0.0
+        for start in range(0, len(X), 256):
+            batch = order[start : start + 256]
+            terms = []
+            for i in batch:
+                logits = X[i] @ W_new + b_new
+                top = max(logits)
+                terms.append(top + math.log(sum(math.exp(z - top) for z in logits)) - logits[y[i]])
+            loss += sum(terms) / len(batch)
+        if loss < best:
+            W, b, best, since = W_new, b_new, loss, 0
+            accepted.append(iteration)
+            losses.append(loss)
+        else:
+            since += 1
+            if since == patience:
+                break
+    return accepted, losses, executed
+
+
+class Scripted:
+    """A backend whose losses are given in advance, as means over the samples."""
+
+    def __init__(self, losses: list[float]) -> None:
+        self.losses = iter(losses)
+
+    def linear_loss(self, X: np.ndarray, y: np.ndarray, W: np.ndarray, b: np.ndarray) -> np.ndarray:
+        assert W.shape == (1, X.shape[1], b.shape[1])
+        return np.array([next(self.losses) * len(X)])
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float], **params: Any) -> RandomSearchClassifier:
+    monkeypatch.setattr(f"{MODULE}.get_backend", lambda name: Scripted(losses))
+    return RandomSearchClassifier(random_state=0, **params).fit(*images(20))
+
+
+@parametrize_with_checks([RandomSearchClassifier(), RandomSearchClassifier(backend="numpy", patience=3, step_size=0.1)])
+def test_is_a_scikit_learn_estimator(
+    estimator: RandomSearchClassifier, check: Callable[[RandomSearchClassifier], None]
+) -> None:
+    check(estimator)
+
+
+@pytest.mark.parametrize(("seed", "patience"), [(0, 4), (1, 4), (7, 2), (8, 30)])
+def test_follows_the_notebook(seed: int, patience: int) -> None:
+    # 512 samples are two full batches, whose means add up to twice the mean however they are shuffled.
+    X, y = images(512, "float64")
+    X, y = X[:, 18:30], y % 3
+    options: dict[str, Any] = {"max_iter": 40, "patience": patience, "step_size": 1e-3, "init_scale": 1e-2}
+    accepted, losses, executed = notebook(X, y, seed=seed, **options)
+    found = RandomSearchClassifier(random_state=seed, backend="numpy", **options).fit(X, y)
+    assert found.accepted_iterations_.tolist() == accepted
+    assert found.n_iter_ == executed
+    np.testing.assert_allclose(2 * found.loss_curve_, losses, rtol=1e-12)
+    assert found.notebook_loss_ == pytest.approx(losses[-1], rel=1e-12)
+
+
+def test_the_reference_both_stops_early_and_runs_out() -> None:
+    X, y = images(512, "float64")
+    X, y = X[:, 18:30], y % 3
+    options: dict[str, Any] = {"max_iter": 40, "step_size": 1e-3, "init_scale": 1e-2}
+    assert notebook(X, y, seed=7, patience=2, **options)[2] < 40
+    assert notebook(X, y, seed=8, patience=30, **options)[2] == 40
+
+
+@pytest.mark.parametrize(("n_samples", "n_batches"), [(1, 1), (256, 1), (257, 2), (600, 3)])
+def test_the_loss_of_the_notebook_counts_batches(n_samples: int, n_batches: int) -> None:
+    found = RandomSearchClassifier(max_iter=2, random_state=0).fit(*images(n_samples))
+    assert found.notebook_loss_ == n_batches * found.best_loss_
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
+def test_every_backend_takes_the_same_steps(own_backend: str, dtype: str) -> None:
+    X, y = images(dtype=dtype)
+    search = RandomSearchClassifier(max_iter=120, random_state=3)
+    reference, found = clone(search).fit(X, y), search.set_params(backend=own_backend).fit(X, y)
+    assert len(reference.accepted_iterations_) > 20
+    assert found.accepted_iterations_.tolist() == reference.accepted_iterations_.tolist()
+    assert found.n_iter_ == reference.n_iter_
+    np.testing.assert_allclose(found.loss_curve_, reference.loss_curve_, rtol=1e-6 if dtype != "float64" else 1e-12)
+    np.testing.assert_array_equal(found.coef_, reference.coef_)
+
+
+@pytest.mark.parametrize(("dtype", "weights"), [("uint8", "f4"), ("float16", "f4"), ("float32", "f4"), ("int64", "f8")])
+def test_dtypes_of_the_weights_and_one_trajectory(dtype: str, weights: str) -> None:
+    X, y = images(dtype=dtype)
+    before = X.copy()
+    X.flags.writeable = False
+    found = RandomSearchClassifier(max_iter=60, random_state=0).fit(X, y)
+    assert (found.coef_.dtype, found.intercept_.dtype) == (weights, weights)
+    assert (found.coef_.shape, found.intercept_.shape) == ((10, 64), (10,))
+    assert X.dtype == dtype
+    np.testing.assert_array_equal(X, before)
+    wide = RandomSearchClassifier(max_iter=60, random_state=0).fit(X.astype(np.float64), y)
+    assert found.accepted_iterations_.tolist() == wide.accepted_iterations_.tolist()
+    np.testing.assert_allclose(found.coef_, wide.coef_, rtol=1e-3, atol=1e-7)
+    assert found.predict(X).tolist() == found.predict(X.astype(np.float64)).tolist()
+
+
+def test_uint8_is_computed_as_float32() -> None:
+    X, y = images()
+    first, second = (RandomSearchClassifier(max_iter=60, random_state=0).fit(data, y) for data in (X, X.astype("f4")))
+    assert same_run(first, second)
+
+
+def test_layout_of_the_input_does_not_matter() -> None:
+    X, y = images(dtype="float64")
+    reference = RandomSearchClassifier(max_iter=40, random_state=0).fit(X, y)
+    strided = np.repeat(X, 2, axis=1)[:, ::2]
+    for layout in (np.asfortranarray(X), strided, X.astype(">f8"), X.tolist()):
+        found = RandomSearchClassifier(max_iter=40, random_state=0).fit(layout, y)
+        assert found.accepted_iterations_.tolist() == reference.accepted_iterations_.tolist()
+        np.testing.assert_allclose(found.loss_curve_, reference.loss_curve_, rtol=1e-12)
+
+
+def test_order_of_the_samples_does_not_matter() -> None:
+    X, y = images(dtype="float64")
+    order = np.random.default_rng(0).permutation(len(X))
+    first = RandomSearchClassifier(max_iter=80, random_state=0).fit(X, y)
+    second = RandomSearchClassifier(max_iter=80, random_state=0).fit(X[order], y[order])
+    assert first.accepted_iterations_.tolist() == second.accepted_iterations_.tolist()
+    np.testing.assert_allclose(first.loss_curve_, second.loss_curve_, rtol=1e-12)
+
+
+def test_an_int_is_the_seed_and_repeats_the_run() -> None:
+    X, y = images(100)
+    search = RandomSearchClassifier(max_iter=30, random_state=42)
+    first, second = search.fit(X, y), clone(search).fit(X, y)
+    assert first.seed_ == 42
+    assert same_run(first, second)
+    assert not same_run(first, RandomSearchClassifier(max_iter=30, random_state=43).fit(X, y))
+
+
+@pytest.mark.parametrize("random_state", [None, np.random.RandomState(5)], ids=["None", "RandomState"])
+def test_a_drawn_seed_repeats_the_run(random_state: Any) -> None:
+    X, y = images(100)
+    drawn = RandomSearchClassifier(max_iter=30, random_state=random_state).fit(X, y)
+    assert same_run(drawn, RandomSearchClassifier(max_iter=30, random_state=drawn.seed_).fit(X, y))
+    again = RandomSearchClassifier(max_iter=30, random_state=random_state).fit(X, y)
+    assert again.seed_ != drawn.seed_
+
+
+def test_what_an_iteration_draws_depends_on_its_number_alone() -> None:
+    X, y = images(100, "float64")
+    long = RandomSearchClassifier(max_iter=60, random_state=2).fit(X, y)
+    short = RandomSearchClassifier(max_iter=25, random_state=2).fit(X, y)
+    kept = long.accepted_iterations_ < 25
+    assert short.accepted_iterations_.tolist() == long.accepted_iterations_[kept].tolist()
+    np.testing.assert_array_equal(short.loss_curve_, long.loss_curve_[kept])
+    # The point is the first weights plus the steps that were accepted, in the stated order of draws.
+    W, b = draw(2, 0).standard_normal((64, 10)) * 1e-3, np.zeros(10)
+    for iteration in long.accepted_iterations_.tolist():
+        steps = draw(2, 1 + iteration)
+        W = W + 1e-4 * steps.standard_normal(W.shape)
+        b = b + 1e-4 * steps.standard_normal(b.shape)
+    np.testing.assert_array_equal(long.coef_, W.T)
+    np.testing.assert_array_equal(long.intercept_, b)
+
+
+def test_the_best_loss_is_that_of_the_weights() -> None:
+    X, y = images(dtype="float64")
+    found = RandomSearchClassifier(max_iter=80, random_state=0).fit(X, y)
+    logits = X @ found.coef_.T + found.intercept_
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    assert found.best_loss_ == pytest.approx(-np.log(shares[np.arange(len(y)), y]).mean(), rel=1e-12)
+    assert found.best_loss_ == found.loss_curve_[-1]
+    assert len(found.loss_curve_) == len(found.accepted_iterations_)
+    assert (np.diff(found.loss_curve_) < 0).all()
+    np.testing.assert_allclose(found.predict_proba(X), shares, rtol=1e-12)
+    np.testing.assert_array_equal(found.predict(X), found.predict_proba(X).argmax(axis=1))
+
+
+def test_it_learns() -> None:
+    X, y = images(600)
+    found = RandomSearchClassifier(max_iter=600, step_size=1e-3, random_state=0).fit(X, y)
+    assert found.best_loss_ < found.loss_curve_[0] / 2
+    assert found.score(X, y) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "accepted", "n_iter"),
+    [
+        ([5, 6, 6, 4, 3], 2, [0], 3),
+        ([5, 6, 6, 4, 3], 3, [0, 3, 4], 5),
+        ([5, 5, 4, 4, 4], 2, [0, 2], 5),
+        ([5, 4, 3, 2, 1], 1, [0, 1, 2, 3, 4], 5),
+        ([5, 5, 1, 1, 1], 1, [0], 2),
+        ([math.nan, math.inf, 3, math.nan, 2], 3, [2, 4], 5),
+        ([1e300, -0.0, 0.0, -1.0, 7], 9, [0, 1, 3], 5),
+    ],
+)
+def test_only_strictly_lower_losses_are_taken_and_patience_counts_the_others_in_a_row(
+    monkeypatch: pytest.MonkeyPatch, losses: list[float], patience: int, accepted: list[int], n_iter: int
+) -> None:
+    found = scripted(monkeypatch, losses, max_iter=5, patience=patience)
+    assert found.accepted_iterations_.tolist() == accepted
+    np.testing.assert_allclose(found.loss_curve_, [losses[i] for i in accepted])
+    assert found.n_iter_ == n_iter
+
+
+def test_the_first_candidate_is_taken_and_the_first_point_not_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = scripted(monkeypatch, [1e9], max_iter=1)
+    assert found.accepted_iterations_.tolist() == [0]
+    expected = 1e-3 * draw(0, 0).standard_normal((64, 10)) + 1e-4 * draw(0, 1).standard_normal((64, 10))
+    np.testing.assert_allclose(found.coef_, expected.T, rtol=1e-5, atol=1e-9)
+
+
+def test_stopping_early_ends_patience_iterations_after_the_last_improvement() -> None:
+    X, y = images(100)
+    for patience in (1, 2, 5):
+        found = RandomSearchClassifier(max_iter=500, patience=patience, random_state=1).fit(X, y)
+        assert found.n_iter_ == found.accepted_iterations_[-1] + 1 + patience < 500
+        gaps = np.diff(found.accepted_iterations_)
+        assert (gaps <= patience).all()
+    assert RandomSearchClassifier(max_iter=7, random_state=1).fit(X, y).n_iter_ == 7
+
+
+def test_one_class() -> None:
+    X, _ = images(20)
+    found = RandomSearchClassifier(patience=6, random_state=0).fit(X, ["only"] * 20)
+    # Its loss is 0 from the first candidate on, which nothing can lower.
+    assert (found.best_loss_, found.n_iter_, found.accepted_iterations_.tolist()) == (0.0, 7, [0])
+    assert (found.coef_.shape, found.intercept_.shape) == ((1, 64), (1,))
+    assert found.predict(X[:2]).tolist() == ["only", "only"]
+    assert found.predict_proba(X[:2]).tolist() == [[1.0], [1.0]]
+
+
+def test_two_classes_have_a_row_each() -> None:
+    X, y = np.array([[0.0], [1.0], [8.0], [9.0]]), np.array(["low", "low", "high", "high"])
+    found = RandomSearchClassifier(max_iter=300, step_size=0.1, random_state=0).fit(X, y)
+    assert found.classes_.tolist() == ["high", "low"]
+    assert (found.coef_.shape, found.intercept_.shape) == ((2, 1), (2,))
+    assert found.score(X, y) == 1.0
+
+
+def test_labels_are_names_of_the_same_classes() -> None:
+    X, y = images(200)
+    names = np.array([f"digit {label}" for label in range(10)])
+    first = RandomSearchClassifier(max_iter=40, random_state=0).fit(X, y)
+    second = RandomSearchClassifier(max_iter=40, random_state=0).fit(X, names[y])
+    assert same_run(first, second)
+    np.testing.assert_array_equal(second.predict(X), names[first.predict(X)])
+
+
+def test_a_tie_goes_to_the_smallest_label() -> None:
+    found = RandomSearchClassifier(max_iter=1, random_state=0).fit([[1.0], [2.0], [3.0]], ["c", "b", "a"])
+    found.coef_, found.intercept_ = np.zeros((3, 1)), np.array([0.0, 1.0, 1.0])
+    assert found.predict([[5.0]]).tolist() == ["b"]
+
+
+def test_prediction_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = images(200)
+    found = RandomSearchClassifier(max_iter=40, random_state=0).fit(X, y)
+    expected = found.predict_proba(X)
+    monkeypatch.setattr(f"{MODULE}.chunk_rows", lambda n_features: 7)
+    np.testing.assert_allclose(found.predict_proba(X), expected, rtol=1e-5)
+
+
+def test_verbose_prints_each_improvement(capsys: pytest.CaptureFixture[str]) -> None:
+    X, y = images(600)
+    found = RandomSearchClassifier(max_iter=30, random_state=0, verbose=True).fit(X, y)
+    lines = [re.fullmatch(r"iteration (\d+): loss (\S+)", line) for line in capsys.readouterr().out.splitlines()]
+    assert [int(line[1]) for line in lines if line] == found.accepted_iterations_.tolist()
+    np.testing.assert_allclose([float(line[2]) for line in lines if line], 3 * found.loss_curve_, rtol=1e-5)
+    RandomSearchClassifier(max_iter=3, random_state=0).fit(X, y)
+    assert not capsys.readouterr().out
+
+
+def test_clone_pickle_and_scikit_learns_tools() -> None:
+    X, y = images(150)
+    found = RandomSearchClassifier(max_iter=40, random_state=0).fit(X, y)
+    restored = pickle.loads(pickle.dumps(found))
+    assert same_run(found, restored)
+    np.testing.assert_array_equal(restored.predict_proba(X), found.predict_proba(X))
+    with pytest.raises(NotFittedError):
+        clone(found).predict(X)
+    pipeline = make_pipeline(MinMaxScaler(), RandomSearchClassifier(max_iter=200, random_state=0))
+    search = GridSearchCV(pipeline, {"randomsearchclassifier__step_size": [1e-9, 1e-1]}, cv=2).fit(X, y)
+    assert search.best_params_ == {"randomsearchclassifier__step_size": 1e-1}
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({"max_iter": 0}, "max_iter is 0; expected a whole number of at least 1"),
+        ({"max_iter": 10.0}, "max_iter is 10.0"),
+        ({"patience": -1}, "patience is -1"),
+        ({"patience": None}, "patience is None"),
+        ({"step_size": 0}, "step_size is 0; expected a finite number above 0"),
+        ({"step_size": math.inf}, "step_size is inf"),
+        ({"step_size": "1e-4"}, "step_size is '1e-4'"),
+        ({"init_scale": -1.0}, "init_scale is -1.0; expected a finite number at least 0"),
+        ({"init_scale": math.nan}, "init_scale is nan"),
+        ({"random_state": -1}, "random_state is -1; expected None"),
+        ({"random_state": 2**32}, "random_state is 4294967296"),
+        ({"random_state": "seed"}, "random_state is 'seed'"),
+    ],
+)
+def test_parameters_out_of_range_are_refused_in_fit(params: dict[str, Any], text: str) -> None:
+    search = RandomSearchClassifier(**params)
+    with pytest.raises(InvalidInputError, match=text):
+        search.fit(*images(10))
+
+
+def test_threads_are_held_at_the_number_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blas_threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    class Watched(Scripted):
+        def linear_loss(self, X: np.ndarray, y: np.ndarray, W: np.ndarray, b: np.ndarray) -> np.ndarray:
+            seen.append(blas_threads())
+            return super().linear_loss(X, y, W, b)
+
+    seen: list[set[int]] = []
+    before = blas_threads()
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("KNNBENCH_THREADS", "1")
+    monkeypatch.setattr(f"{MODULE}.get_backend", lambda name: Watched([2.0, 1.0]))
+    RandomSearchClassifier(max_iter=2, random_state=0).fit(*images(20))
+    # A BLAS that threadpoolctl does not know is not listed.
+    assert seen == 2 * [{1} if before else set()]
+    assert blas_threads() == before
+
+
+def test_zero_is_a_place_to_start() -> None:
+    found = RandomSearchClassifier(max_iter=1, init_scale=0, random_state=0).fit(*images(10, "float64"))
+    np.testing.assert_array_equal(found.coef_.T, 1e-4 * draw(0, 1).standard_normal(found.coef_.T.shape))
+
+
+def test_a_named_backend_exists_or_raises() -> None:
+    with pytest.raises(UnknownBackendError, match="backend 'abacus' is unknown"):
+        RandomSearchClassifier(backend="abacus").fit(*images(10))
+
+
+def test_data_too_large_for_any_loss_are_refused() -> None:
+    X = np.full((4, 3), 3e38, np.float32)
+    with pytest.raises(InvalidInputError, match=r"no candidate has a finite loss in float32; X reaches 3e\+38"):
+        RandomSearchClassifier(init_scale=10.0, random_state=0).fit(X, [0, 1, 0, 1])
+
+
+def test_several_outputs_are_refused() -> None:
+    X, y = images(10)
+    with pytest.raises(ValueError, match=r"y should be a 1d array, got an array of shape \(10, 2\) instead"):
+        RandomSearchClassifier().fit(X, np.column_stack([y, y]))
