@@ -10,7 +10,7 @@ from knnbench import interchange, selection
 from knnbench.backends import get_backend
 from knnbench.backends.base import Backend, Native, scan_rows
 from knnbench.blocking import block_shape, check_budget, require_memory, slices
-from knnbench.dtypes import Array, computed_dtype
+from knnbench.dtypes import Array, common_dtype, computed_dtype
 from knnbench.errors import InvalidInputError, UnsupportedError
 from knnbench.metrics import Metric, Space, get_metric
 from knnbench.ordering import merge_topk
@@ -186,11 +186,13 @@ def pairwise(
     blocks, parts = task.query_blocks(row_bytes), task.corpus_parts()
     if len(blocks) == len(parts) == 1:
         return task.answer(task.pairwise(blocks[0], task.packed(parts[0])))
-    result = np.empty(shape, task.space.output)
+    result: Array | None = None
     for part in parts:
         packed = task.packed(part)
         for block in blocks:
-            result[block, part] = task.engine.to_numpy(task.pairwise(block, packed))
+            found = task.engine.to_numpy(task.pairwise(block, packed))
+            result = np.empty(shape, found.dtype) if result is None else result
+            result[block, part] = found
     return task.answer(result)
 
 
@@ -242,7 +244,7 @@ def knn(
     """
     task = _enter(queries, corpus, metric, backend, accuracy, memory_budget, check_finite)
     k = check_k(k, task.prepared.shape[0])
-    blocks, parts = task.query_blocks(0), task.corpus_parts()
+    blocks, parts = task.query_blocks(k * (task.space.ranked.itemsize + 8)), task.corpus_parts()
     ranked: Any = None
     indices: Any = None
     if len(blocks) == len(parts) == 1:
@@ -287,7 +289,7 @@ def prepare(corpus: Any, metric: str = "euclidean", *, backend: str = "auto", ac
     """
     metric_record, checked = get_metric(metric), check_accuracy(accuracy)
     rows = as_rows(corpus, "corpus")
-    prepared = _prepared(rows, metric_record, backend, checked, rows_dtype(rows), check_finite=True)
+    prepared = _prepared(rows, metric_record, backend, checked, rows_dtype(rows), True, interchange.on_device(rows))
     prepared.packed(prepared.dtype)
     return prepared
 
@@ -317,7 +319,7 @@ def as_rows(array: Any, name: str) -> Any:
             raise InvalidInputError(f"{name} has masked elements; expected every value to be present.")
         try:
             rows = np.asarray(array)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidInputError(
                 f"{name}, a {type(array).__name__}, is not an array of real numbers: {error}"
             ) from None
@@ -438,7 +440,7 @@ class _Task:
     def answer(self, native: Native) -> Any:
         """Return an answer on the host, or in an array of the queries' library if they live on a device."""
         if self._is_host:
-            return self.engine.to_numpy(native)
+            return native if isinstance(native, np.ndarray) else self.engine.to_numpy(native)
         if not interchange.on_device(native):
             native = self.engine.to_native(native, native.dtype)
         return interchange.in_kind(native, self.queries)
@@ -464,13 +466,15 @@ def _enter(
         raise InvalidInputError(
             f"queries has {queries.shape[1]} features and corpus has {rows.shape[1]}; expected the same number."
         )
-    dtype = np.result_type(rows_dtype(queries), rows.dtype if isinstance(rows, Prepared) else rows_dtype(rows))
+    corpus_dtype = rows.dtype if isinstance(rows, Prepared) else interchange.dtype_of(rows)
+    dtype = common_dtype(interchange.dtype_of(queries), corpus_dtype)
     if isinstance(rows, Prepared):
         prepared = rows
         _check_agrees(prepared, metric, backend)
     else:
         record = get_metric("euclidean" if metric is None else metric)
-        prepared = _prepared(rows, record, backend, accuracy, dtype, check_finite)
+        on_device = interchange.on_device(queries) or interchange.on_device(rows)
+        prepared = _prepared(rows, record, backend, accuracy, dtype, check_finite, on_device)
     space = Space(get_metric(prepared.metric), dtype, queries.shape[1])
     engine = get_backend(prepared.backend)
     _check_supported(prepared.backend, engine, space, accuracy)
@@ -480,14 +484,19 @@ def _enter(
 
 
 def _prepared(
-    rows: Any, metric: Metric, backend: str, accuracy: Accuracy, dtype: np.dtype[Any], check_finite: bool
+    rows: Any,
+    metric: Metric,
+    backend: str,
+    accuracy: Accuracy,
+    dtype: np.dtype[Any],
+    check_finite: bool,
+    on_device: bool,
 ) -> Prepared:
     """Choose a backend for checked rows that are computed in `dtype`, and look through their values."""
     space = Space(metric, dtype, rows.shape[1])
     passed_over: dict[str, str] = {}
     if backend == "auto":
-        device: Literal["cpu", "cuda"] = "cuda" if interchange.on_device(rows) else "cpu"
-        backend, passed_over = selection.choose(space, accuracy, device)
+        backend, passed_over = selection.choose(space, accuracy, "cuda" if on_device else "cpu")
     engine = get_backend(backend)
     _check_supported(backend, engine, space, accuracy)
     _check_device(rows, "corpus", backend, engine)
@@ -501,13 +510,17 @@ def _pack(engine: Backend, rows: Any, space: Space) -> Any:
 
 def _search(task: _Task, blocks: list[slice], part: slice, k: int) -> tuple[Array, Array]:
     """Return the k nearest in one part of the corpus, on the host, with indices of the whole corpus."""
-    ranked = np.empty((len(task.queries), k), task.space.ranked)
+    ranked: Array | None = None
     indices = np.empty((len(task.queries), k), np.int64)
     packed = task.packed(part)
     for block in blocks:
-        values, columns = task.knn(block, packed, k)
-        ranked[block], indices[block] = task.engine.to_numpy(values), task.engine.to_numpy(columns)
-    return ranked, indices + part.start
+        values, columns = (task.engine.to_numpy(native) for native in task.knn(block, packed, k))
+        # Of the dtype that comes: a peer ranks by its own distances.
+        ranked = np.empty(indices.shape, values.dtype) if ranked is None else ranked
+        ranked[block], indices[block] = values, columns
+    assert ranked is not None
+    indices += part.start
+    return ranked, indices
 
 
 def _check_agrees(prepared: Prepared, metric: str | None, backend: str) -> None:

@@ -119,8 +119,8 @@ def block_shape(
             corpus = (corpus + 1) // 2
     if needed() > budget:
         raise OverBudgetError(
-            f"a memory budget of {budget:,} bytes cannot hold one query and one corpus row, which need "
-            f"{needed():,}; raise memory_budget (or ${BUDGET_VARIABLE})."
+            f"the {budget:,} bytes that the memory budget leaves for a step cannot hold its smallest piece, which "
+            f"needs {needed():,}; raise memory_budget (or ${BUDGET_VARIABLE})."
         )
     return queries, corpus
 
@@ -151,18 +151,25 @@ def chunk_rows(n_features: int) -> int:
 def available_memory() -> int | None:
     """Return the bytes of host memory that this process can still take, None if it cannot be told.
 
-    The least of what Linux says is available and what the process's memory control group leaves.
+    The least of what Linux says is available, and of what the control group of its container leaves, where pages
+    of files that nobody uses count as free.
     """
     known = []
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        known += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        known.append(1024 * _field("/proc/meminfo", "MemAvailable:"))
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            known.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except OSError:  # not Linux, or no control group
+            used = int((group / "memory.current").read_text()) - _field(group / "memory.stat", "inactive_file")
+            known.append(int(limit) - used)
+    except (OSError, StopIteration):  # not Linux, or no control group
         pass
     return min(known, default=None)
+
+
+def _field(path: str | Path, name: str) -> int:
+    """Return the number after a name in one of the kernel's files."""
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.split()[0] == name)
 
 
 def require_memory(n_bytes: int, what: str) -> None:

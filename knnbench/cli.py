@@ -5,6 +5,7 @@ crash, a time-out, or a backend that was named and does not work here); 2, the c
 as they should be; 130, interrupted by Ctrl-C, with all that was measured until then shown and kept.
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ HARMLESS = ("ok", "absent", "unsupported")
 out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 err = Console(stderr=True, highlight=False)
 
-Backends = Annotated[str, typer.Option(help="Names, separated by commas; default all that work here.")]
+Backends = Annotated[str, typer.Option(help="Names, separated by commas; default all (for reproduce: the fastest).")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of each backend; default $KNNBENCH_THREADS or all CPUs.")
 ]
@@ -56,6 +57,9 @@ Threads = Annotated[
 
 def main() -> None:
     """Run the command line; the errors that knnbench raises on purpose become a line and an exit code."""
+    for name in ("SIGTERM", "SIGHUP"):  # so that the process that is measuring is ended too
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     try:
         app()
     except KnnbenchError as error:
@@ -100,13 +104,13 @@ def run(
     from knnbench.report.table import absent_table, metric_table
 
     names = _backend_names(backends)
-    metric_names = list(METRICS) if metrics == "all" else [get_metric(name).name for name in _split(metrics)]
+    metric_names = _metric_names(metrics)
     chosen = dataset or datasets.best_available()
     n_corpus = _check_data(chosen, dtype, k)
     _check_writable(output)
     plan = Plan(
         backends=names,
-        metrics=list(dict.fromkeys(metric_names)),
+        metrics=metric_names,
         dataset=chosen,
         dtype=dtype,
         k=k,
@@ -185,6 +189,7 @@ def reproduce(
     count = threads or thread_count()
     rows: list[ClassificationRow] = []
     found: dict[str, float] | None = None
+    search_reason = ""
     interrupted = False
     with _bar() as bar:
         try:
@@ -198,18 +203,23 @@ def reproduce(
                             row.take(progress)
                             bar.update(task, completed=progress.done)
                     except WorkerEnded as ended:
-                        row.reason = str(ended)
+                        row.reason, row.failed = str(ended), True
             if search:
                 bar.add_task("random search", total=None)
-                found = next(random_search(seed, count))
+                try:
+                    found = next(random_search(seed, count))
+                except (WorkerEnded, StopIteration) as ended:
+                    search_reason = str(ended) or "the process ended before its answer"
         except KeyboardInterrupt:
             interrupted = True
     out.print(reproduction_table(rows, count), "")
     if found is not None:
         out.print(search_table(found, seed))
+    if search_reason:
+        err.print(f"random search: {search_reason}", style="red", markup=False)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
-    if any(row.is_wrong or (row.reason and backends) for row in rows):
+    if search_reason or any(row.is_wrong or row.failed or (row.reason and backends) for row in rows):
         raise typer.Exit(FAILED)
 
 
@@ -238,16 +248,28 @@ def _bar() -> Iterator[Progress]:
         yield progress
 
 
-def _split(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _required(text: str, option: str) -> list[str]:
+    """Return the names in a list separated by commas, at least one."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InvalidInputError(f"{option} is {text!r}; expected names separated by commas.")
+    return names
 
 
 def _backend_names(text: str) -> list[str]:
     """Return the backends named, or all; the names are checked here, whether they work by the run."""
-    names = _split(text) or list(registry())
+    if not text:
+        return list(registry())
+    names = _required(text, "--backends")
     for name in names:
         if name not in registry():
             raise UnknownBackendError(f"backend {name!r} is unknown; expected one of: {', '.join(registry())}.")
+    return list(dict.fromkeys(names))
+
+
+def _metric_names(text: str) -> list[str]:
+    """Return the canonical names of the metrics named."""
+    names = METRICS if text == "all" else (get_metric(name).name for name in _required(text, "--metrics"))
     return list(dict.fromkeys(names))
 
 

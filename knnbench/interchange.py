@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from knnbench.dtypes import Array
+from knnbench.errors import InvalidInputError
 
 __all__ = ["dtype_of", "in_kind", "on_device", "to_host"]
 
@@ -28,8 +29,17 @@ _COPY_TO_HOST: dict[str, Callable[[Any], Any]] = {
 
 
 def on_device(array: Any) -> bool:
-    """Return whether `array` lives on a CUDA device."""
-    return hasattr(array, "__cuda_array_interface__")
+    """Return whether `array` lives on a CUDA device.
+
+    Raises
+    ------
+    InvalidInputError
+        If its library will not give it away, as torch does with a tensor that requires its gradient.
+    """
+    try:
+        return hasattr(array, "__cuda_array_interface__")
+    except RuntimeError as error:
+        raise InvalidInputError(f"an array on a CUDA device is not given away by its library: {error}") from None
 
 
 def dtype_of(array: Any) -> np.dtype[Any]:

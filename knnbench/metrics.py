@@ -288,9 +288,14 @@ class Space:
 
     def finish(self, ranked: Array) -> Array:
         """Return the distances of `ranked` values, an array of any shape, as `output`."""
-        # float64 for integers: their roots are then rounded the same way by every backend.
-        wide = ranked.astype(np.float64) if self.is_integer and not self.form.keeps_integers else ranked
-        return np.asarray(self.form.finish(np, wide)).astype(self.output, copy=False)
+        if self.form.finish is unchanged and ranked.dtype == self.output:
+            return ranked
+        result = np.empty(ranked.shape, self.output)
+        for rows in slices(len(ranked), chunk_rows(max(1, ranked[0].size)) if ranked.size else 1):
+            # float64 for integers: their roots are then rounded the same way by every backend.
+            values = ranked[rows].astype(np.float64) if self.is_integer else ranked[rows]
+            result[rows] = self.form.finish(np, values)
+        return result
 
 
 _SQUARES = Form(add_square, math.fsum, step_squares, squares_from_dot)

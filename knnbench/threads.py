@@ -1,12 +1,14 @@
 """How many threads a computation may use."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 from knnbench.errors import InvalidInputError
 
-__all__ = ["THREADS_VARIABLE", "available_cpus", "limited_blas", "pinned_environment", "thread_count"]
+__all__ = ["THREADS_VARIABLE", "SharedSetting", "available_cpus", "limited_blas", "pinned_environment", "thread_count"]
 
 THREADS_VARIABLE = "KNNBENCH_THREADS"
 
@@ -55,6 +57,46 @@ def pinned_environment(threads: int) -> dict[str, str]:
     return dict.fromkeys((THREADS_VARIABLE, *POOL_VARIABLES), str(threads))
 
 
+class SharedSetting:
+    """A global setting that overlapping calls hold together: the first makes it, the last takes it back.
+
+    Parameters
+    ----------
+    hold : callable
+        Returns the context manager that makes the setting and restores what was there.
+    """
+
+    def __init__(self, hold: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._hold = hold
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._held = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Hold the setting."""
+        with self._lock:
+            if not self._holders:
+                self._held.enter_context(self._hold())
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if not self._holders:
+                    self._held.close()
+
+
+def _limit_blas() -> AbstractContextManager[Any]:
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(thread_count(), user_api="blas")  # type: ignore[no-any-return]
+
+
+_limited_blas = SharedSetting(_limit_blas)
+
+
 @contextmanager
 def limited_blas() -> Iterator[None]:
     """Hold numpy's BLAS at $KNNBENCH_THREADS, and leave it as found.
@@ -66,7 +108,5 @@ def limited_blas() -> Iterator[None]:
     if not threads or all(os.environ.get(variable) == threads for variable in POOL_VARIABLES):
         yield
         return
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(thread_count(), user_api="blas"):
+    with _limited_blas():
         yield

@@ -15,13 +15,14 @@ from knnbench import (
     Prepared,
     UnknownBackendError,
     UnsupportedError,
+    api,
     blocking,
     knn,
     pairwise,
     prepare,
 )
 from knnbench.backends import backend_status, registry
-from knnbench.blocking import CHUNK_ELEMENTS
+from knnbench.blocking import CHUNK_ELEMENTS, slices
 from knnbench.metrics import METRICS
 
 from ._checks import assert_distances_close, assert_identical, assert_well_formed
@@ -622,3 +623,44 @@ def test_what_is_asked_for_by_position():
     ):
         with pytest.raises(TypeError, match="positional"):
             call()
+
+
+# ---- pieces: queries that must be converted or copied block by block, a corpus that does not fit a device
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cityblock"])
+@pytest.mark.parametrize("dtype", ["uint8", "float64"])
+def test_blocks_of_queries_are_answered_as_all_together(backend, rng, monkeypatch, dtype, metric):
+    if dtype not in backend_status(backend).capabilities.dtypes:
+        pytest.skip(f"{backend} does not take {dtype}")
+    queries, corpus = (rng.integers(0, 256, (n, 24)).astype(dtype) for n in (16, 40))
+    whole, matrix = knn(queries, corpus, 3, metric, backend=backend), pairwise(queries, corpus, metric, backend=backend)
+    monkeypatch.setattr(api._Task, "query_blocks", lambda task, answer_bytes: list(slices(len(task.queries), 7)))
+    parts = knn(np.asfortranarray(queries), corpus, 3, metric, backend=backend)
+    np.testing.assert_allclose(parts.distances, whole.distances, rtol=1e-14)
+    assert parts.distances.dtype == whole.distances.dtype
+    np.testing.assert_array_equal(parts.indices, whole.indices)
+    np.testing.assert_allclose(pairwise(queries, corpus, metric, backend=backend), matrix, rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float64"])
+def test_parts_of_a_corpus_are_searched_as_the_whole(own_backend, rng, monkeypatch, dtype):
+    queries, corpus = (rng.integers(0, 4, (n, 5)).astype(dtype) for n in (16, 41))  # many ties
+    for metric in ("euclidean", "chebyshev"):
+        whole = knn(queries, corpus, 9, metric, backend=own_backend)
+        matrix = pairwise(queries, corpus, metric, backend=own_backend)
+        with monkeypatch.context() as patch:
+            patch.setattr(api._Task, "corpus_parts", lambda task: list(slices(task.prepared.shape[0], 6)))
+            parts = knn(queries, corpus, 9, metric, backend=own_backend)
+            np.testing.assert_array_equal(parts.indices, whole.indices)
+            np.testing.assert_array_equal(parts.distances, whole.distances)
+            in_parts = pairwise(queries, corpus, metric, backend=own_backend)
+            np.testing.assert_allclose(in_parts, matrix, rtol=1e-14)
+
+
+def test_budgeted_blocks_reach_a_backend_whose_arrays_are_not_numpys(rng):
+    if not backend_status("torch").ok:
+        pytest.skip(backend_status("torch").reason)
+    queries, corpus = rng.random((4000, 8), np.float32), rng.random((30, 8))
+    answer = knn(queries, corpus, 2, backend="torch", memory_budget=100_000)
+    np.testing.assert_array_equal(answer.indices, knn(queries, corpus, 2, backend="numpy").indices)

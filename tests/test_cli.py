@@ -90,6 +90,8 @@ def test_a_backend_that_was_named_and_does_not_work_fails_the_run(invoke):
     [
         (["--backends", "nope"], "backend 'nope' is unknown"),
         (["--metrics", "nope"], "metric 'nope' is unknown"),
+        (["--metrics", ","], "--metrics is ','"),
+        (["--backends", ","], "--backends is ','"),
         (["--dataset", "nope"], "data set 'nope' is unknown"),
         (["--dataset", "digits", "--dtype", "int8"], "dtype 'int8'"),
         (["--dataset", "digits", "-k", "1439"], "exceeds n_corpus=1438"),

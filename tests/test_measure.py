@@ -37,6 +37,9 @@ class Exit(Good):
     def misbehave(self, space):
         sys.stderr.write("first\\nsomething broke\\n"); sys.stderr.flush(); os._exit(7)
 
+class ExitsWell(Good):
+    def misbehave(self, space): os._exit(0)
+
 class Killed(Good):
     def misbehave(self, space): os.kill(os.getpid(), signal.SIGKILL)
 
@@ -64,6 +67,7 @@ NAMES = (
     "Good",
     "Segfault",
     "Exit",
+    "ExitsWell",
     "Killed",
     "Hang",
     "Raises",
@@ -119,6 +123,7 @@ def test_a_good_backend_is_measured_and_checked(misbehaving):
     ("name", "status", "reason"),
     [
         ("exit", "crashed", "exit code 7: something broke"),
+        ("exitswell", "crashed", "before its answer"),
         ("killed", "out-of-memory", "SIGKILL"),
         ("raises", "crashed", "RuntimeError: an odd message"),
         ("nomemory", "out-of-memory", "too large"),
@@ -148,6 +153,7 @@ def test_a_crash_loses_no_other_metric(misbehaving):
 
 def test_a_backend_that_hangs_and_hears_no_signal_is_ended(misbehaving, monkeypatch):
     monkeypatch.setattr(runner, "GRACE_S", 6.0)
+    monkeypatch.setattr(runner, "LIMIT_SHARE", 0)
     (cell,) = cells("hang")
     assert cell.status == "timed-out"
 
@@ -177,7 +183,7 @@ def test_threads_are_pinned_before_numpy_is_loaded(tmp_path, monkeypatch):
     assert set(message["threads"]) == {1}
 
 
-def test_records_survive_a_file_and_a_cut_last_line(tmp_path, misbehaving):
+def test_records_survive_a_file_and_a_line_cut_short(tmp_path, misbehaving):
     path = tmp_path / "records.jsonl"
     made = cells("good", ["euclidean", "cityblock"])
     for cell in made:
@@ -185,8 +191,10 @@ def test_records_survive_a_file_and_a_cut_last_line(tmp_path, misbehaving):
     assert list(measure.read_records(path)) == made
     assert json.loads(path.read_text().splitlines()[0])["schema"] == 1
     whole = path.read_text()
-    path.write_text(whole[:-20])
+    path.write_text(whole[:-20])  # a crash
     assert list(measure.read_records(path)) == made[:1]
+    measure.append_record(path, made[1])  # and the next run
+    assert list(measure.read_records(path)) == made
     path.write_text("nonsense\n" + whole)
     with pytest.raises(InvalidInputError, match="line 1 is not"):
         list(measure.read_records(path))

@@ -22,6 +22,10 @@ def test_there_is_python_in_the_readme():
     assert len(BLOCKS) >= 2
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "PLACEHOLDER" not in README
+
+
 def test_each_command_sets_itself_up():
     for mark in ("main", "tests"):
         (command,) = re.findall(rf"<!-- command: {mark} -->\n```bash\n(.*?)\n```", README, flags=re.DOTALL)

@@ -47,35 +47,46 @@ class NumbaBackend(HostBackend):
 
     def pairwise(self, queries: Native, prepared: TileCorpus, space: Space, budget: int) -> Native:
         """Return all distances."""
-        kernel, block = tile_kernels(space).pairwise, self.prepare(queries, space)
-        n_corpus = len(prepared.rows)
+        kernel, n_corpus = tile_kernels(space).pairwise, len(prepared.rows)
         result = np.empty((len(queries), n_corpus), space.output)
-        # Values ranked in another dtype than they are answered in need an array between; a root makes another.
+        # Values ranked in another dtype than they are answered in need an array between; a root makes two more.
         is_direct = space.ranked == space.output
 
         def task(rows: slice) -> None:
-            values = result[rows] if is_direct else np.empty((rows.stop - rows.start, n_corpus), space.ranked)
-            kernel(block.rows[rows], prepared.rows, block.norms[rows], prepared.norms, values)
-            result[rows] = space.finish(values)
+            block = self.prepare(queries[rows], space)
+            values = result[rows] if is_direct else np.empty((len(block.rows), n_corpus), space.ranked)
+            kernel(block.rows, prepared.rows, block.norms, prepared.norms, values)
+            finished = space.finish(values)
+            if finished is not values:
+                result[rows] = finished
 
-        threads = thread_count()
-        step, _ = block_shape(
-            len(queries), 1, budget=budget, per_pair=3 * 8 * n_corpus * threads, max_queries=TASK_QUERIES
-        )
+        row_bytes = 3 * 8 * n_corpus + query_bytes(space)
+        threads = max(1, min(thread_count(), budget // row_bytes))
+        step, _ = block_shape(len(queries), 1, budget=budget // threads, per_pair=row_bytes, max_queries=TASK_QUERIES)
         run_tasks(task, len(queries), step, threads)
         return result
 
     def knn(self, queries: Native, prepared: TileCorpus, k: int, space: Space, budget: int) -> tuple[Native, Native]:
         """Return the k nearest."""
-        kernel, block = tile_kernels(space).knn, self.prepare(queries, space)
+        kernel = tile_kernels(space).knn
         values = np.empty((len(queries), k), space.ranked)
         indices = np.empty((len(queries), k), np.int64)
 
         def task(rows: slice) -> None:
-            kernel(block.rows[rows], prepared.rows, block.norms[rows], prepared.norms, values[rows], indices[rows])
+            block = self.prepare(queries[rows], space)
+            kernel(block.rows, prepared.rows, block.norms, prepared.norms, values[rows], indices[rows])
 
-        run_tasks(task, len(queries), TASK_QUERIES, thread_count())
+        threads = max(1, min(thread_count(), budget // query_bytes(space)))
+        step, _ = block_shape(
+            len(queries), 1, budget=budget // threads, per_pair=query_bytes(space), max_queries=TASK_QUERIES
+        )
+        run_tasks(task, len(queries), step, threads)
         return values, indices
+
+
+def query_bytes(space: Space) -> int:
+    """Return what is held to prepare one query: several copies where rows are scaled to unit length."""
+    return 64 + (8 * 8 * space.n_features if space.metric.unit_rows else 0)
 
 
 def squared_norms(rows: Array) -> Array:

@@ -36,4 +36,4 @@ def peak_bytes() -> int:
 
 def _status(name: str) -> int:
     lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), 0)

@@ -68,9 +68,13 @@ def run_worker(module: str, job: dict[str, Any], threads: int, limit_s: float) -
         )
         try:
             yield from _messages(process, job, limit_s)
-            if process.wait(limit_s) != 0:
+            try:
+                code = process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                raise WorkerEnded("timed-out", f"the process did not end in {limit_s:.0f} s") from None
+            if code != 0:
                 errors.seek(0)
-                raise _ending(process.returncode, errors.read().decode("utf-8", "replace"))
+                raise _ending(code, errors.read().decode("utf-8", "replace"))
         finally:
             process.kill()  # SIGKILL: native code that hangs hears nothing else
             process.wait()
@@ -93,7 +97,7 @@ def _messages(process: "subprocess.Popen[str]", job: dict[str, Any], limit_s: fl
             line = lines.get(timeout=limit_s)
         except queue.Empty:
             raise WorkerEnded("timed-out", f"no answer in {limit_s:.0f} s") from None
-        if not line:
+        if not line.endswith("\n"):  # the end, or a line that a dying process cut short
             return
         yield json.loads(line)
 
@@ -108,7 +112,7 @@ def _ending(code: int, errors: str) -> WorkerEnded:
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     last = errors.strip().rpartition("\n")[2]
     # SIGKILL, where nobody here sent it, is what the kernel does when memory runs out.
-    status = "out-of-memory" if code == -signal.SIGKILL else "crashed"
+    status = "out-of-memory" if code < 0 and signal.Signals(-code).name == "SIGKILL" else "crashed"
     return WorkerEnded(status, f"the process ended with {how}{': ' + last if last else ''}")
 
 

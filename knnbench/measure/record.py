@@ -127,8 +127,13 @@ class Record:
 
 def append_record(path: Path, record: Record) -> None:
     """Append a record to a file, and see it written to the disk: nothing measured is lost by a later crash."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(record.to_json() + "\n")
+    with path.open("ab+") as file:
+        size = file.tell()
+        file.seek(max(0, size - 1))
+        if file.read(1) not in (b"", b"\n"):
+            # A crash cut the last line short: what follows must not become part of it.
+            file.write(b"\n")
+        file.write(record.to_json().encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -136,7 +141,7 @@ def append_record(path: Path, record: Record) -> None:
 def read_records(path: Path) -> Iterator[Record]:
     """Yield the records of a file.
 
-    A last line that a crash cut short is left out. Unknown fields, of a later version, are left out too.
+    A line that a crash cut short is left out. Unknown fields, of a later version, are left out too.
 
     Raises
     ------
@@ -144,16 +149,16 @@ def read_records(path: Path) -> Iterator[Record]:
         If any other line is not a record of a schema version known here.
     """
     known = {entry.name for entry in fields(Record)}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             data = json.loads(line)
+        except ValueError:
+            if line.startswith('{"backend":'):  # how every record begins
+                continue
+            raise InvalidInputError(f"{path} line {number} is not a knnbench record: not JSON.") from None
+        try:
             if data["schema"] > SCHEMA_VERSION:
                 raise ValueError(f"schema version {data['schema']}, known here up to {SCHEMA_VERSION}")
             yield Record(**{name: value for name, value in data.items() if name in known})
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # no newline at its end
-                return
             raise InvalidInputError(f"{path} line {number} is not a knnbench record: {error}.") from None

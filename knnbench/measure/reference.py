@@ -24,15 +24,15 @@ class Verdict:
 
     Attributes
     ----------
-    error : float
-        max |d - d_ref| / max d_ref.
+    error : float or None
+        max |d - d_ref| / max d_ref; None where that is not finite.
     recall : float
         Share of the neighbours whose reference distance is at most the k-th, ties included.
     reason : str
         Why the answer is wrong; empty if it is right.
     """
 
-    error: float
+    error: float | None
     recall: float
     reason: str
 
@@ -90,4 +90,4 @@ def check_neighbors(distances: Array, indices: Array, reference: Array, *, same_
         reason = f"only {recall:.1%} of the neighbours are among the nearest"
     elif same_order and not np.array_equal(indices, order):
         reason = "the neighbours are not those of the total order (distance, index)"
-    return Verdict(error if np.isfinite(error) else -1.0, recall, reason)
+    return Verdict(error if np.isfinite(error) else None, recall, reason)

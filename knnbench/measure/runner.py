@@ -23,7 +23,9 @@ __all__ = ["Plan", "measure"]
 # Queries whose answers are checked, at the most.
 CHECKED_QUERIES = 8
 
-# Beyond the time for a case: starting, importing, compiling, loading and preparing the data.
+# Seconds that an answer may take: so many times the time for a case, which finding its size can exceed, and more
+# for starting, importing, compiling, and loading and preparing the data.
+LIMIT_SHARE = 10
 GRACE_S = 120.0
 
 
@@ -112,9 +114,14 @@ def _cells_of_backend(plan: Plan, backend: str, references: dict[str, str]) -> I
             references=references,
         )
         try:
-            for cell in run_worker("knnbench.measure.worker", asdict(job), plan.threads, plan.case_s + GRACE_S):
+            for cell in run_worker(
+                "knnbench.measure.worker", asdict(job), plan.threads, LIMIT_SHARE * plan.case_s + GRACE_S
+            ):
                 yield {**cell, "metric": left.pop(0)}
         except WorkerEnded as ended:
             # Between two answers it was at work on the next metric; after the last, nothing is lost.
             if left:
                 yield {"status": ended.status, "reason": ended.reason, "metric": left.pop(0)}
+        else:
+            if left:  # a library that ends the process and calls that success
+                yield {"status": "crashed", "reason": "the process ended before its answer", "metric": left.pop(0)}

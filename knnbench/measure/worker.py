@@ -14,9 +14,9 @@ import numpy as np
 
 from knnbench import datasets
 from knnbench.api import Neighbors, Prepared, knn, prepare
-from knnbench.backends import get_backend
+from knnbench.backends import backend_status, get_backend
 from knnbench.dtypes import Array
-from knnbench.errors import BackendUnavailableError, OverBudgetError, UnsupportedError
+from knnbench.errors import OverBudgetError, UnsupportedError
 from knnbench.measure.memory import peak_since, start_peak
 from knnbench.measure.process import worker_channel
 from knnbench.measure.reference import check_neighbors
@@ -24,7 +24,8 @@ from knnbench.measure.timer import median_interval, timed, timed_repeats
 
 __all__ = ["Job", "load_rows", "main"]
 
-# A first look at a backend's speed: small enough for naive loops, twice because the first call compiles.
+# A first look at a backend's speed, after a call that compiles: small enough for naive loops.
+FIRST_LOOKS = 3
 FIRST_QUERIES = 2
 FIRST_CORPUS = 100
 
@@ -37,8 +38,9 @@ LEAST_CORPUS = 2000
 CALL_SHARE = 0.2
 LONGEST = 4.0
 
-# Of queries, from one try to the next.
+# Of queries, from one try to the next; and how much faster they must become for another when the time is filled.
 MOST_GROWTH = 8.0
+CHEAPER = 1.25
 
 # How much slower a pair may look in the first look than it is, because of the overhead of a call.
 OVERHEAD = 50
@@ -88,13 +90,13 @@ def main() -> None:
     sent, channel = worker_channel()
     job = Job(**sent)
     start = time.perf_counter()
-    try:
-        get_backend(job.backend)
-    except BackendUnavailableError as error:
-        for _ in job.metrics:
-            print(json.dumps({"status": "absent", "reason": str(error)}), file=channel)
-        return
+    status = backend_status(job.backend)
     import_s = time.perf_counter() - start
+    if not status.ok:
+        reason = status.reason + (f". To use it: {status.install}" if status.install else "")
+        for _ in job.metrics:
+            print(json.dumps({"status": "absent", "reason": reason}), file=channel)
+        return
     queries, corpus = load_rows(job.dataset, job.options, job.dtype)
     for metric in job.metrics:
         print(json.dumps({"import_s": import_s, **_cell(job, metric, queries, corpus)}), file=channel)
@@ -143,14 +145,19 @@ class _Case:
         return whole if affordable >= whole else min(whole, max(LEAST_CORPUS, self.job.k))
 
     def query_rows(self, prepared: Prepared, pairs_per_s: float) -> tuple[int, Neighbors]:
-        """Return how many queries fill the time of one call, and the answer to them."""
-        wanted = int(pairs_per_s * self.call_s / prepared.shape[0])
+        """Return how many queries to measure in one call, and the answer to them.
+
+        They fill the time of a call; beyond it, their number still grows while that makes each of them cheaper.
+        """
+        wanted, queries_per_s = int(pairs_per_s * self.call_s / prepared.shape[0]), 0.0
         while True:
             n_queries = min(len(self.queries), max(LEAST_QUERIES, wanted))
             seconds, answer = self.timed_search(n_queries, prepared)
-            if n_queries == len(self.queries) or seconds >= self.call_s:
+            is_cheaper = n_queries / seconds > CHEAPER * queries_per_s
+            is_short = seconds < self.call_s or (is_cheaper and 2 * seconds < LONGEST * self.call_s)
+            if n_queries == len(self.queries) or not is_short:
                 return n_queries, answer
-            # At least twice as many: a backend that works on blocks takes hardly longer for them.
+            queries_per_s = n_queries / seconds
             wanted = int(n_queries * min(MOST_GROWTH, max(2.0, self.call_s / seconds)))
 
     def measure(self) -> dict[str, Any]:
@@ -159,7 +166,7 @@ class _Case:
         first_rows = max(FIRST_CORPUS, job.k)
         _, few = self.prepared(first_rows)
         first_call_s, _ = self.timed_search(FIRST_QUERIES, few)
-        seconds, _ = self.timed_search(FIRST_QUERIES, few)
+        seconds = min(self.timed_search(FIRST_QUERIES, few)[0] for _ in range(FIRST_LOOKS))
         pairs_per_s = min(FIRST_QUERIES, len(self.queries)) * few.shape[0] / seconds
         n_corpus = self.corpus_rows(pairs_per_s)
         prepare_s, prepared = self.prepared(n_corpus)

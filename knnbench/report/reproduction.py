@@ -24,12 +24,15 @@ class ClassificationRow:
         None before the first images.
     reason : str
         Why it did not get to the end; empty if it did.
+    failed : bool
+        Whether its process died.
     """
 
     backend: str
     metric: str
     progress: Progress | None = None
     reason: str = ""
+    failed: bool = False
 
     def take(self, progress: Progress) -> None:
         """Take in how far it is now."""
