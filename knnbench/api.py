@@ -409,7 +409,7 @@ class _Task:
         if self.is_resident or not self._crosses or interchange.on_device(self.prepared.rows):
             return [slice(0, n_corpus)]
         row_bytes = 2 * n_features * self.space.dtype.itemsize
-        step, _ = block_shape(1, n_corpus, budget=self.budget // 2, per_pair=row_bytes, max_corpus=n_corpus)
+        _, step = block_shape(1, n_corpus, budget=self.budget // 2, per_pair=row_bytes, max_corpus=n_corpus)
         self.budget_left -= step * row_bytes
         return list(slices(n_corpus, step))
 

@@ -297,7 +297,7 @@ class BlockwiseBackend(BlockSearch):
             values = rows[part].astype(np.int32)
             if not uncentred:
                 values -= CENTRE_OF_UINT8
-            norms[part] = xp.einsum("nf,nf->n", values, values, dtype=np.int64)
+            norms[part] = (values * values).sum(axis=1, dtype=np.int64)
         return norms
 
     def _exact_dot(self, queries: Native, corpus: Native, space: Space) -> Native:
@@ -329,13 +329,3 @@ class BlockwiseBackend(BlockSearch):
     def _centring(self, rows: Native, space: Space) -> Native:
         """Return what centring one side took from its dot products: 128 times the sums of its rows."""
         return CENTRE_OF_UINT8 * rows.sum(axis=1, dtype=space.accumulator)
-
-    def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
-        xp, step = self.xp, space.form.step
-        assert step is not None
-        result = xp.zeros(len(i), dtype=space.accumulator)
-        for part in slices(len(i), max(1, elements // space.n_features)):
-            difference = queries[i[part]] - corpus[j[part]]
-            for feature in range(space.n_features):
-                step(xp, result[part], difference[:, feature])
-        return result

@@ -41,3 +41,13 @@ class NumpyBackend(HostBackend, BlockwiseBackend):
                 np.subtract(a[feature, rows, None], b[feature], out=tile)
                 step(np, result[rows], tile)
         return result
+
+    def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
+        step = space.form.step
+        assert step is not None
+        result = np.zeros(len(i), space.accumulator)
+        for part in slices(len(i), max(1, elements // space.n_features)):
+            difference = queries[i[part]] - corpus[j[part]]
+            for feature in range(space.n_features):
+                step(np, result[part], difference[:, feature])
+        return result

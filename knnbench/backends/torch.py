@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from knnbench.blocking import chunk_rows, slices
 from knnbench.dtypes import Array
 from knnbench.errors import BackendUnavailableError
 from knnbench.metrics import METRICS, Space
-from knnbench.threads import THREADS_VARIABLE, thread_count
+from knnbench.threads import THREADS_VARIABLE, SharedSetting, thread_count
 
 from .base import Backend, Capabilities, Native, Scan
 from .blockwise import CENTRE_OF_UINT8, EXACT_FEATURES, BlockCorpus, Blocks, BlockSearch
@@ -30,9 +31,9 @@ DTYPES: dict[np.dtype[Any], torch.dtype] = {
     np.dtype(name): getattr(torch, name) for name in ("bool", "uint8", "int32", "int64", "float32", "float64")
 }
 
-# Differences that a tile of the direct form holds on the CPU, and queries that it takes: the tile stays in the
-# caches, and there is enough of it for all threads.
-TILE_ELEMENTS = 1 << 20
+# Differences of a tile of the direct form on the CPU, for each thread, and queries that it takes: as many as stay
+# in the second-level cache, for the threads wait for each other after each of three operations on the tile.
+TILE_ELEMENTS = 1 << 19
 TILE_QUERIES = 16
 
 # Features from which such tiles are faster on the CPU than torch.cdist, which takes one pair after the other.
@@ -177,7 +178,7 @@ class TorchArrays(Backend):
         finite = finite and native.is_floating_point()
         return Scan(
             first_row(native, lambda chunk: ~torch.isfinite(chunk).all(dim=1)) if finite else None,
-            first_row(native, lambda chunk: ~chunk.any(dim=1)) if zero else None,
+            first_row(native, lambda chunk: (chunk == 0).all(dim=1)) if zero else None,
         )
 
 
@@ -205,19 +206,19 @@ class TorchSearch(TorchArrays, BlockSearch):
         Notes
         -----
         On uint8, with terms of at most 255, the sums are taken in float32 where it holds them exactly, else in
-        float64.
+        float64. Squares on the CPU never go through ``torch.cdist``, whose root costs a rounding.
         """
         a, b = (rows.to(unit_of(space)) for rows in (queries, corpus))
         form = DIRECT_FORMS[space.form.step]
-        if self.capabilities.device == "cuda" or space.n_features < TILED_FEATURES:
+        if self.capabilities.device == "cuda" or (space.n_features < TILED_FEATURES and form.order != 2):
             norms = torch.cdist(a, b, p=form.order, compute_mode="donot_use_mm_for_euclid_dist")
             return form.from_norm(norms).to(DTYPES[space.accumulator])
-        result = torch.empty((len(a), len(b)), dtype=DTYPES[space.accumulator])
+        result = torch.empty((len(a), len(b)), dtype=DTYPES[space.accumulator], device=a.device)
         # Not more than the rows themselves, which the budget counts.
-        elements = min(TILE_ELEMENTS, (len(a) + len(b)) * space.n_features)
+        elements = min(TILE_ELEMENTS * torch.get_num_threads(), (len(a) + len(b)) * space.n_features)
         width = min(len(b), max(1, elements // (TILE_QUERIES * space.n_features)))
         height = max(1, elements // (width * space.n_features))
-        tile = torch.empty((min(height, len(a)), width, space.n_features), dtype=a.dtype)
+        tile = torch.empty((min(height, len(a)), width, space.n_features), dtype=a.dtype, device=a.device)
         for rows in slices(len(a), height):
             for columns in slices(len(b), width):
                 part = tile[: rows.stop - rows.start, : columns.stop - columns.start]
@@ -226,7 +227,7 @@ class TorchSearch(TorchArrays, BlockSearch):
         return result
 
     def _prepared_rows(self, rows: Native, space: Space) -> Native:
-        return unit_rows(rows) if space.metric.unit_rows and not space.is_integer else rows
+        return unit_length(rows) if space.metric.unit_rows and not space.is_integer else rows
 
     def _mean(self, rows: Native) -> Native:
         total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
@@ -263,9 +264,11 @@ class TorchSearch(TorchArrays, BlockSearch):
     def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
         form = DIRECT_FORMS[space.form.step]
         result = torch.empty(len(i), dtype=DTYPES[space.accumulator], device=i.device)
-        for part in slices(len(i), max(1, elements // space.n_features)):
-            difference = queries.index_select(0, i[part]).sub_(corpus.index_select(0, j[part]))
-            result[part] = over_features(form.reduce, form.terms(difference))
+        # In parts of the same size: how CUDA divides the sums of a last, smaller one would show in their rounding.
+        n_parts = -(-len(i) // max(1, elements // space.n_features))
+        for part, rows, columns in zip(*(x.tensor_split(n_parts) for x in (result, i, j)), strict=True):
+            difference = queries.index_select(0, rows).sub_(corpus.index_select(0, columns))
+            part.copy_(over_features(form.reduce, form.terms(difference)))
         return result
 
 
@@ -298,9 +301,17 @@ def plain_arithmetic(device: str) -> Iterator[None]:
     $KNNBENCH_THREADS is set, the number of threads. Tensors are detached, and made with a dtype and a device,
     so that the gradient mode and torch's defaults of both do not matter.
     """
+    # Autocast belongs to the thread; the others to the process, where calls may overlap.
+    with torch.autocast(device, enabled=False), SWITCHES[device]():
+        yield
+
+
+@contextmanager
+def switches(device: str) -> Iterator[None]:
+    """Hold the switches that belong to the process."""
     threads = torch.get_num_threads()
     wanted = thread_count() if os.environ.get(THREADS_VARIABLE) else threads
-    with torch.autocast(device, enabled=False), full_precision(device):
+    with full_precision(device):
         if wanted != threads:
             torch.set_num_threads(wanted)
         try:
@@ -324,6 +335,9 @@ def full_precision(device: str) -> Iterator[None]:
         yield
     finally:
         switch.fp32_precision = before
+
+
+SWITCHES = {device: SharedSetting(partial(switches, device)) for device in ("cpu", "cuda")}
 
 
 class Writeable:
@@ -399,13 +413,14 @@ def exact_dot(queries: Native, corpus: Native, space: Space) -> Native:
         product = torch.matmul(a, b.T).to(dtype)
         dots = product if dots is None else dots.add_(product)
     if space.form.rank_uses_norms:
-        dots += CENTRE_OF_UINT8 * queries.sum(dim=1, dtype=dtype)[:, None]
-        dots += CENTRE_OF_UINT8 * corpus.sum(dim=1, dtype=dtype)
-        dots -= CENTRE_OF_UINT8**2 * space.n_features
+        # q.c = (q - 128).(c - 128) + 128 (sum(q) - 128 n) + 128 sum(c): in this order no sum exceeds the largest q.c.
+        query_sums, corpus_sums = (rows.sum(dim=1, dtype=dtype) for rows in (queries, corpus))
+        dots += CENTRE_OF_UINT8 * (query_sums - CENTRE_OF_UINT8 * space.n_features)[:, None]
+        dots += CENTRE_OF_UINT8 * corpus_sums
     return dots
 
 
-def unit_rows(rows: Native) -> Native:
+def unit_length(rows: Native) -> Native:
     """Return float rows divided by their length: `Metric.prepare_rows` on tensors.
 
     The largest element of a row is first scaled to between 1 and 2, by dividing by a power of two, which is

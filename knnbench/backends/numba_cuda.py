@@ -1,0 +1,151 @@
+"""numba on a CUDA device: kernels compiled from the metrics' own scalar functions."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numba.cuda
+import numpy as np
+
+from knnbench import interchange
+from knnbench.blocking import block_shape, slices
+from knnbench.dtypes import Array
+from knnbench.kernels import cuda_tiles
+from knnbench.kernels.cuda_tiles import launch_rows, launch_tile
+from knnbench.metrics import Space
+from knnbench.ordering import largest
+
+from .base import Backend, Capabilities, Native, Scan
+
+__all__ = ["NumbaCudaBackend"]
+
+# A block of this shape has tiles and queries enough for the largest current devices; its values take 256 MiB
+# in float32, and a small budget makes it smaller.
+MAX_QUERIES = 16_384
+MAX_CORPUS = 4_096
+
+cuda: Any = numba.cuda  # filled in at run time, so no type checker knows its names
+
+
+@dataclass(frozen=True, slots=True)
+class TileRows:
+    """Rows as the metric accumulates them, and their squared norms if the ranking looks at them.
+
+    Attributes
+    ----------
+    rows : (n, n_features) device array
+    norms : (n,) device array of float64
+        Of a single element, never read, where the ranking ignores norms.
+    """
+
+    rows: Native
+    norms: Native
+
+
+class NumbaCudaBackend(Backend):
+    """Every distance by the direct form, in tiles; selection by a heap for each query."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(device="cuda")
+
+    def to_native(self, rows: Any, dtype: np.dtype[Any]) -> Native:
+        """Return a C-contiguous device array of numba's."""
+        if not interchange.on_device(rows):
+            return cuda.to_device(np.ascontiguousarray(rows, dtype=dtype))
+        array = cuda.as_cuda_array(rows)
+        if array.dtype == dtype and array.is_c_contiguous():
+            return array
+        converted = cuda.device_array(array.shape, dtype)
+        launch_rows(cuda_tiles.convert, array.size, array, converted)
+        return converted
+
+    def to_numpy(self, native: Native) -> Array:
+        """Return a copy on the host."""
+        return np.asarray(native.copy_to_host())
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        cuda.synchronize()
+
+    def scan(self, native: Native, *, finite: bool, zero: bool) -> Scan:
+        """Look through the rows on the device, a thread for each."""
+        n_rows = len(native)
+        found = cuda.to_device(np.full(2, n_rows))
+        launch_rows(cuda_tiles.find_rows, n_rows, native, found)
+        not_finite, all_zero = (row if row < n_rows else None for row in self.to_numpy(found).tolist())
+        return Scan(not_finite if finite else None, all_zero if zero else None)
+
+    def prepare(self, corpus: Native, space: Space) -> TileRows:
+        """Return the prepared rows with their norms."""
+        return self._take(corpus, self._workspace(len(corpus), space), space)
+
+    def pairwise(self, queries: Native, prepared: TileRows, space: Space, budget: int) -> Native:
+        """Return all distances."""
+        n_queries = len(queries)
+        result = cuda.device_array((n_queries, len(prepared.rows)), space.output)
+        kernel = cuda_tiles.distance_tile(space)
+        step, _ = block_shape(n_queries, 1, budget=budget, per_pair=row_bytes(space), max_queries=MAX_QUERIES)
+        workspace = self._workspace(step, space)
+        for rows in slices(n_queries, step):
+            block = self._take(queries[rows], workspace, space)
+            launch_tile(kernel, block.rows, prepared.rows, block.norms, prepared.norms, 0, result[rows])
+        return result
+
+    def knn(self, queries: Native, prepared: TileRows, k: int, space: Space, budget: int) -> tuple[Native, Native]:
+        """Return the k nearest."""
+        n_queries, n_corpus = len(queries), len(prepared.rows)
+        values = cuda.device_array((n_queries, k), space.ranked)
+        indices = cuda.device_array((n_queries, k), np.int64)
+        launch_rows(cuda_tiles.start_lists, n_queries, values, indices, largest(space.ranked))
+        kernel = cuda_tiles.ranked_tile(space)
+        step, width = block_shape(
+            n_queries,
+            n_corpus,
+            budget=budget,
+            per_pair=space.ranked.itemsize,
+            per_query=row_bytes(space),
+            max_queries=MAX_QUERIES,
+            max_corpus=MAX_CORPUS,
+        )
+        # One allocation for all tiles: numba frees a dropped array only some time later.
+        tiles, workspace = cuda.device_array(step * width, space.ranked), self._workspace(step, space)
+        for rows in slices(n_queries, step):
+            block, heaps, heap_rows = self._take(queries[rows], workspace, space), values[rows], indices[rows]
+            for columns in slices(n_corpus, width):
+                shape = columns.stop - columns.start, rows.stop - rows.start
+                tile = tiles[: shape[0] * shape[1]].reshape(shape)
+                # Corpus down and queries across, so that the threads of neighbouring queries read side by side.
+                launch_tile(kernel, prepared.rows, block.rows, prepared.norms, block.norms, columns.start, tile)
+                launch_rows(cuda_tiles.update_lists, shape[1], tile, columns.start, heaps, heap_rows)
+        launch_rows(cuda_tiles.sort_lists, n_queries, values, indices)
+        return values, indices
+
+    def finish(self, ranked: Native, space: Space) -> Native:
+        """Return the distances of ranked values."""
+        distances = cuda.device_array(ranked.shape, space.output)
+        launch_rows(cuda_tiles.finish_values(space), ranked.size, ranked, distances)
+        return distances
+
+    def _workspace(self, n_rows: int, space: Space) -> TileRows:
+        """Return room for what `_take` makes of as many rows."""
+        rows = cuda.device_array((n_rows, space.n_features), space.dtype) if makes_unit_rows(space) else None
+        return TileRows(rows, cuda.device_array(n_rows if space.form.rank_uses_norms else 1, np.float64))
+
+    def _take(self, rows: Native, workspace: TileRows, space: Space) -> TileRows:
+        """Return rows as the metric accumulates them, with their norms, in a workspace of as many rows or more."""
+        n_rows, norms = len(rows), workspace.norms
+        if space.form.rank_uses_norms:
+            norms = norms[:n_rows]
+            launch_rows(cuda_tiles.squared_norms, n_rows, rows, norms)
+        if makes_unit_rows(space):
+            unprepared, rows = rows, workspace.rows[:n_rows]
+            launch_rows(cuda_tiles.unit_rows, n_rows, unprepared, rows)
+        return TileRows(rows, norms)
+
+
+def makes_unit_rows(space: Space) -> bool:
+    """Return whether rows are copied to be brought to unit length."""
+    return space.metric.unit_rows and not space.is_integer
+
+
+def row_bytes(space: Space) -> int:
+    """Return the bytes that a workspace takes for each row."""
+    return np.dtype(np.float64).itemsize + makes_unit_rows(space) * space.n_features * space.dtype.itemsize

@@ -1,0 +1,264 @@
+"""Compile every CUDA kernel for devices that are not there, and print what became of it as JSON.
+
+A process of its own, started by `tests/test_gpu_compile.py`; the compilers are loaded only when it runs. The numba
+kernels and their signatures are those that the backend starts when it is run on all metrics and dtypes, with the
+starting taken out. What is compiled is looked at in machine code: registers, what does not fit into them, and
+instructions in double precision.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import numba
+import numpy as np
+from numba import float32, float64
+
+from knnbench.backends import numba_cuda
+from knnbench.blocking import DEFAULT_BUDGET
+from knnbench.dtypes import COMPUTED
+from knnbench.kernels import cuda_tiles
+from knnbench.kernels.cuda_source import EXPRESSIONS, direct_source
+from knnbench.metrics import METRICS, Space, as_accumulated, unchanged
+
+ARCHITECTURES = (80, 90, 100)
+COMPILED_FOR = (8, 0)
+
+# Rows that fit 32-bit sums of uint8, and rows that need 64 bits.
+N_FEATURES = {"uint8": (3, 40_000), "float32": (3,), "float64": (3,)}
+
+DOUBLE = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX)\b|\.F64|64H\b")
+
+
+class DeviceArray(np.ndarray):
+    """What the backend sees as an array on the device."""
+
+    def is_c_contiguous(self):
+        return self.flags.c_contiguous
+
+    def copy_to_host(self):
+        return np.array(self)
+
+    @property
+    def __cuda_array_interface__(self):
+        return self.__array_interface__
+
+
+def device_array(shape, dtype=np.float64):
+    return np.zeros(shape, dtype).view(DeviceArray)
+
+
+def started_kernels():
+    """Return ``{(kernel, argument types): space}`` of everything that the backend starts."""
+    started, space = {}, None
+
+    def record(kernel, grid, block, *args):
+        given = (np.asarray(arg) if isinstance(arg, DeviceArray) else arg for arg in args)
+        started.setdefault((kernel, tuple(map(numba.typeof, given))), space)
+
+    cuda_tiles.launch = record
+    numba_cuda.cuda = types.SimpleNamespace(
+        device_array=device_array,
+        to_device=lambda array: array.view(DeviceArray),
+        as_cuda_array=lambda array: array,
+        synchronize=lambda: None,
+    )
+    backend = numba_cuda.NumbaCudaBackend()
+    for dtype in map(np.dtype, COMPUTED):
+        for given in ("bool", "float16", "int64"):
+            backend.to_native(device_array((4, 3), given), dtype)
+        backend.to_native(device_array((4, 3), dtype).T, dtype)
+        backend.to_native(device_array((4, 3), dtype)[::2, ::2], dtype)
+        backend.scan(device_array((4, 3), dtype), finite=True, zero=True)
+        for metric in METRICS.values():
+            for n_features in N_FEATURES[dtype.name]:
+                space = Space(metric, dtype, n_features)
+                rows = device_array((2, n_features), dtype)
+                prepared = backend.prepare(rows, space)
+                backend.pairwise(rows, prepared, space, DEFAULT_BUDGET)
+                ranked, _ = backend.knn(rows, prepared, 1, space, DEFAULT_BUDGET)
+                backend.finish(ranked, space)
+        space = None
+    return started
+
+
+def linked(ptx, architecture):
+    """Return the machine code of PTX texts together."""
+    from cuda.bindings import nvjitlink
+
+    linker = nvjitlink.create(2, [f"-arch=sm_{architecture}", "-O3"])
+    for number, text in enumerate(ptx):
+        data = text.encode()
+        nvjitlink.add_data(linker, nvjitlink.InputType.PTX, data, len(data), f"{number}.ptx")
+    nvjitlink.complete(linker)
+    cubin = bytearray(nvjitlink.get_linked_cubin_size(linker))
+    nvjitlink.get_linked_cubin(linker, cubin)
+    return bytes(cubin)
+
+
+def compiled_source(source, architecture):
+    """Return the machine code of CUDA C++, with the options that CuPy gives."""
+    from cuda.bindings import nvrtc
+
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], [])
+    options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17", b"-ftz=true"]
+    (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert not failed, log.decode()
+    cubin = bytes(nvrtc.nvrtcGetCUBINSize(program)[1])
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    return cubin
+
+
+def run_tool(name, *args):
+    import nvidia
+
+    paths = [path for folder in nvidia.__path__ for path in Path(folder).glob(f"**/bin/{name}")]
+    return subprocess.run([paths[0], *args], capture_output=True, text=True, check=True).stdout
+
+
+def examined(cubin):
+    """Return, by function, its registers, its bytes of local memory and its instructions in double precision."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "code.cubin")
+        path.write_bytes(cubin)
+        resources, code = run_tool("cuobjdump", "-res-usage", path), run_tool("nvdisasm", "-c", "-ndf", path)
+    found = {}
+    for name, registers, stack, local in re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", resources
+    ):
+        text = code.partition(f".section\t.text.{name},")[2].partition(".section\t")[0]
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", text)
+        assert instructions, f"no instructions of {name}"
+        found[name] = {
+            "registers": int(registers),
+            "local_bytes": int(stack) + int(local),
+            "doubles": sorted({name for name in instructions if DOUBLE.search(name)}),
+        }
+    return found
+
+
+def may_use_double(kernel, signature):
+    """Return whether the values of a kernel are of double precision by the rules for dtypes."""
+    if kernel is cuda_tiles.unit_rows:
+        return True
+    arrays = [argument.dtype for argument in signature if isinstance(argument, numba.types.Array)]
+    is_rounded = arrays[-1] == float32 and float32 not in arrays[:-1]  # what integers are finished as
+    if kernel.py_func.__name__ == "tile":
+        del arrays[2:4]  # the norms, which are float64 and read only if the ranking is
+    return is_rounded or float64 in (*arrays, *signature)
+
+
+def compile_numba(kernels):
+    """Return what became of numba kernels, ``[(kernel, signature, description)]``, on every architecture."""
+    libraries = [kernel.compile(signature).library for kernel, signature, _ in kernels]
+    records = []
+    for architecture in ARCHITECTURES:
+        ptx = [library.get_asm_str(cc=divmod(architecture, 10)) for library in libraries]
+        names = [re.search(r"\.visible \.entry (\S+?)\(", text)[1] for text in ptx]
+        found = examined(linked(ptx, architecture))
+        records += [
+            {"architecture": architecture, **found[name], **description}
+            for name, (_, _, description) in zip(names, kernels, strict=True)
+        ]
+    return records
+
+
+def compiled_before(kernels):
+    """Return how many numba kernels came from the disk, how many did not, and a hash of the code of each."""
+    # Names carry a number that is counted up in each process.
+    texts = [
+        re.sub(r"B\d*v\d+", "", kernel.compile(signature).library.get_asm_str()) for kernel, signature, _ in kernels
+    ]
+    dispatchers = {kernel for kernel, _, _ in kernels}
+    return {
+        "hits": sum(sum(kernel._cache_hits.values()) for kernel in dispatchers),
+        "misses": sum(sum(kernel._cache_misses.values()) for kernel in dispatchers),
+        "code": [hashlib.sha256(text.encode()).hexdigest() for text in texts],
+    }
+
+
+def described(kernel, signature, space):
+    return {
+        "kernel": kernel.py_func.__name__,
+        "signature": str(signature),
+        "metric": space.metric.name if space else None,
+        "dtype": space.dtype.name if space else None,
+        "accumulator": space.accumulator.name if space else None,
+        "may_use_double": may_use_double(kernel, signature),
+    }
+
+
+def half_of_square(acc, a, b):
+    return acc + 0.5 * (a - b) * (a - b)
+
+
+def planted():
+    """Return kernels with faults that must be found: a literal of double precision, and too many registers."""
+    rows, norms = float32[:, ::1], float64[::1]
+    signature = (rows, rows, norms, norms, numba.int64, rows)
+
+    def tile(accumulate):
+        types_ = float32, float32, float32, float32
+        return cuda_tiles._tile(accumulate, as_accumulated, False, unchanged, *types_), signature
+
+    literal = *tile(half_of_square), {"fault": "literal"}
+    cuda_tiles.PER_THREAD = 20
+    cuda_tiles._tile.cache_clear()
+    spill = *tile(METRICS["cityblock"].floating.accumulate), {"fault": "spill"}
+    return [literal, spill]
+
+
+def compile_sources():
+    """Return what became of the C++ kernels on every architecture."""
+    spaces = {}
+    for dtype in map(np.dtype, COMPUTED):
+        for metric in METRICS.values():
+            for n_features in N_FEATURES[dtype.name]:
+                space = Space(metric, dtype, n_features)
+                if space.form.accumulate in EXPRESSIONS:
+                    spaces[space.form.accumulate.__name__, dtype.name, space.accumulator.name] = space
+    # In one text, each in a namespace of its own: the tools take half a second however little they are given.
+    text = "".join(
+        f"namespace n{number} {{ {direct_source(space).replace('accumulate_', f'n{number}_accumulate_')} }}\n"
+        for number, space in enumerate(spaces.values())
+    )
+    names = ("accumulate", "dtype", "accumulator")
+    records = []
+    for architecture in ARCHITECTURES:
+        for function, found in examined(compiled_source(text, architecture)).items():
+            number, _, kernel = function[1:].partition("_")
+            about = dict(zip(names, list(spaces)[int(number)], strict=True))
+            records.append({"architecture": architecture, "kernel": kernel, **about, **found})
+    return records
+
+
+def pretend_to_have_a_device():
+    """Let numba-cuda compile and store kernels as for a device, without loading them."""
+    from numba.cuda import codegen, dispatcher
+
+    dispatcher.get_current_device = lambda: types.SimpleNamespace(compute_capability=COMPILED_FOR)
+    dispatcher._Kernel.bind = lambda kernel: None
+    codegen.CUDACodeLibrary._ensure_cc = lambda library, cc: cc or COMPILED_FOR
+    codegen.JITCUDACodegen.magic_tuple = lambda code: COMPILED_FOR
+
+
+def main():
+    pretend_to_have_a_device()
+    kernels = [(kernel, given, described(kernel, given, space)) for (kernel, given), space in started_kernels().items()]
+    records = {"cache": compiled_before(kernels)}
+    if sys.argv[1:] != ["cache"]:
+        records["numba"] = compile_numba(kernels)
+        records["planted"] = compile_numba(planted())
+        records["source"] = compile_sources()
+    json.dump(records, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What a CUDA backend of our own must do, at sizes around the edges of its tiles.
+
+These tests run in processes of their own, started by `tests/test_cuda_simulator.py` (numba-cuda without a GPU),
+`tests/test_cuda_source.py` (cupy without a GPU) and `tests/test_gpu.py` (both with one); $KNNBENCH_CASES names the
+backend.
+"""
+
+import importlib
+import os
+
+import numpy as np
+import pytest
+
+from knnbench import BackendUnavailableError, InvalidInputError, interchange, knn, pairwise, prepare
+from knnbench.backends import backend_status, get_backend
+from knnbench.blocking import DEFAULT_BUDGET, block_shape
+from knnbench.dtypes import COMPUTED
+from knnbench.metrics import METRICS, Space
+
+from ._checks import assert_distances_close, assert_identical, assert_same_neighbors, tolerance
+
+BACKEND = os.environ.get("KNNBENCH_CASES", "")
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+# Pairs along a side of a tile, and features that pass through shared memory at a time.
+EDGE, FEATURES = (4, 3) if SIMULATED else (64, 16)
+# Where a backend asks for its blocks, and a budget that makes them smaller than what is passed here.
+BLOCKED_IN = {
+    "numba-cuda": "knnbench.backends.numba_cuda",
+    "cupy": "knnbench.backends.blockwise",
+}
+BLOCK_BUDGET = {"numba-cuda": 180 if SIMULATED else 9_000, "cupy": 90_000}
+
+SHAPES = [(1, 1, 1), (EDGE - 1, EDGE + 1, FEATURES + 1), (EDGE + 1, 2 * EDGE + 1, FEATURES)]
+
+
+def rows_of(rng, dtype, *shape, high=256):
+    rows = rng.integers(1, high, shape).astype(dtype)
+    return rows if dtype == "uint8" else rows + rng.normal(size=shape).astype(dtype)
+
+
+def on_device(rows):
+    return get_backend(BACKEND).to_native(rows, rows.dtype)
+
+
+def to_host(array):
+    return get_backend(BACKEND).to_numpy(array)
+
+
+def check(queries, corpus, metric, k, **options):
+    """Compare both operations with the python backend."""
+    space = Space(METRICS[metric], queries.dtype, queries.shape[1])
+    got = pairwise(queries, corpus, metric, backend=BACKEND, **options)
+    distances, indices = knn(queries, corpus, k, metric, backend=BACKEND, **options)
+    if space.is_integer:
+        assert_identical(got, pairwise(queries, corpus, metric, backend="python"))
+        expected = knn(queries, corpus, k, metric, backend="python")
+        assert_identical(distances, expected.distances)
+        assert_identical(indices, expected.indices)
+        return
+    reference = pairwise(queries.astype(np.float64), corpus.astype(np.float64), metric, backend="python")
+    direct, matrix, selected = (
+        tolerance(space, queries, corpus, reference, form, k=k) for form in ("direct", "pairwise", "knn")
+    )
+    assert got.dtype == distances.dtype == space.output
+    assert_distances_close(got, reference, matrix)
+    assert_same_neighbors(distances, indices, reference, k, direct, selected)
+
+
+def test_it_is_this_backend_that_works():
+    status = backend_status(BACKEND)
+    assert status.ok, status.reason
+    assert status.device == "cuda"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", COMPUTED)
+@pytest.mark.parametrize("metric", METRICS)
+def test_around_the_edges_of_a_tile(metric, dtype, shape, rng):
+    n_queries, n_corpus, n_features = shape
+    queries, corpus = rows_of(rng, dtype, n_queries, n_features), rows_of(rng, dtype, n_corpus, n_features)
+    check(queries, corpus, metric, n_corpus // 2 + 1)
+
+
+@pytest.mark.parametrize("dtype", COMPUTED)
+def test_ties_go_to_the_smaller_index(dtype, rng):
+    # Small whole numbers are exact in every dtype, and so are their distances.
+    queries, corpus = (rng.integers(1, 3, (n, 2)).astype(dtype) for n in (EDGE + 1, 3 * EDGE + 1))
+    for k in (1, EDGE + 1, len(corpus)):
+        got = knn(queries, corpus, k, "cityblock", backend=BACKEND)
+        expected = knn(queries, corpus, k, "cityblock", backend="python")
+        assert_identical(got.indices, expected.indices)
+        assert_identical(got.distances, expected.distances)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+@pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
+def test_blocks_do_not_show(metric, dtype, rng, monkeypatch):
+    shapes = []
+
+    def recorded(*args, **kwargs):
+        shapes.append(block_shape(*args, **kwargs))
+        return shapes[-1]
+
+    n_features = FEATURES + 1
+    queries, corpus = rows_of(rng, dtype, EDGE, n_features, high=5), rows_of(rng, dtype, 3 * EDGE, n_features, high=5)
+    engine, space = get_backend(BACKEND), Space(METRICS[metric], queries.dtype, n_features)
+    monkeypatch.setattr(importlib.import_module(BLOCKED_IN[BACKEND]), "block_shape", recorded)
+    native, prepared = on_device(queries), engine.prepare(on_device(corpus), space)
+
+    def answers(budget):
+        found = *engine.knn(native, prepared, 2, space, budget), engine.pairwise(native, prepared, space, budget)
+        return [to_host(array) for array in found]
+
+    whole, parts = answers(DEFAULT_BUDGET), answers(BLOCK_BUDGET[BACKEND])
+    assert shapes[0] == (EDGE, 3 * EDGE)
+    assert shapes[2] < (EDGE, 3 * EDGE)
+    assert_identical(parts[1], whole[1])
+    if space.is_integer or BACKEND == "numba-cuda":
+        assert_identical(parts[0], whole[0])
+        assert_identical(parts[2], whole[2])
+
+
+def test_a_small_budget_of_the_caller(rng):
+    # Queries and corpus then come to the device in parts, and lists of parts are merged.
+    queries, corpus = rows_of(rng, "uint8", EDGE + 1, 5, high=4), rows_of(rng, "uint8", 5 * EDGE, 5, high=4)
+    check(queries, corpus, "cosine", 3, memory_budget=1_500 if SIMULATED else 30_000)
+
+
+def test_a_corpus_that_fits_is_searched_whole(rng, monkeypatch):
+    engine, calls = type(get_backend(BACKEND)), []
+    search = engine.knn
+    monkeypatch.setattr(engine, "knn", lambda *args: calls.append(args) or search(*args))
+    knn(rows_of(rng, "uint8", 2, 3), rows_of(rng, "uint8", 5, 3), 2, backend=BACKEND)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", COMPUTED)
+def test_an_answer_in_kind(dtype, rng):
+    queries, corpus = rows_of(rng, dtype, 3, 4), rows_of(rng, dtype, 6, 4)
+    expected = knn(queries, corpus, 2, "cityblock", backend=BACKEND)
+    given = on_device(queries)
+    for other in (corpus, on_device(corpus), prepare(on_device(corpus), "cityblock", backend=BACKEND)):
+        got = knn(given, other, 2, "cityblock", backend=BACKEND)
+        assert type(got.distances) is type(got.indices) is type(given)
+        assert_identical(to_host(got.distances), expected.distances)
+        assert_identical(to_host(got.indices), expected.indices)
+        all_distances = pairwise(given, other, "cityblock", backend=BACKEND)
+        assert type(all_distances) is type(given)
+        assert_identical(to_host(all_distances), pairwise(queries, corpus, "cityblock", backend=BACKEND))
+    assert isinstance(knn(queries, on_device(corpus), 2, "cityblock", backend=BACKEND).indices, np.ndarray)
+
+
+@pytest.mark.parametrize("given", ["float16", "int64", "bool", "float64"])
+def test_device_arrays_of_other_dtypes(given, rng):
+    engine, rows = get_backend(BACKEND), rng.integers(0, 2, (5, 4)).astype(given)
+    for array, expected in ((on_device(rows), rows), (on_device(rows)[1:4], rows[1:4]), (on_device(rows).T, rows.T)):
+        assert interchange.on_device(array)
+        native = engine.to_native(array, np.dtype(np.float32))
+        assert_identical(to_host(native), np.ascontiguousarray(expected, np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_bad_rows_are_found(dtype, rng):
+    corpus = rows_of(rng, dtype, 3 * EDGE, 3)
+    for value in (np.nan, -np.inf):
+        bad = corpus.copy()
+        bad[EDGE + 1, 2] = bad[EDGE + 2, 0] = value
+        with pytest.raises(InvalidInputError, match=f"corpus row {EDGE + 1} holds NaN or infinity"):
+            knn(corpus[:1], on_device(bad), 1, backend=BACKEND)
+    bad = corpus.copy()
+    bad[EDGE + 1] = bad[EDGE + 2] = 0
+    with pytest.raises(InvalidInputError, match=f"queries row {EDGE + 1} is all zeros"):
+        knn(on_device(bad), corpus, 1, "cosine", backend=BACKEND)
+    assert knn(on_device(bad), corpus, 1, "euclidean", backend=BACKEND).indices.shape == (len(bad), 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [("float32", 1e-30), ("float32", 1e30), ("float64", 1e-300), ("float64", 1e300)]
+)
+def test_cosine_of_rows_whose_squares_are_out_of_range(dtype, scale, rng):
+    queries, corpus = (rng.normal(size=(n, 5)) for n in (2, 6))
+    check((queries * scale).astype(dtype), (corpus * scale).astype(dtype), "cosine", 3)
+
+
+@pytest.mark.skipif(BACKEND != "cupy", reason="of CuPy only")
+def test_products_are_not_rounded_to_11_bits(monkeypatch):
+    backend = type(get_backend(BACKEND))
+    monkeypatch.setenv("CUPY_TF32", "1")
+    with pytest.raises(BackendUnavailableError, match="CUPY_TF32"):
+        backend()
+
+
+@pytest.mark.skipif(SIMULATED, reason="the simulator has Python's integers, and would take minutes")
+@pytest.mark.parametrize("metric", METRICS)
+def test_more_features_than_32_bits_can_sum(metric):
+    queries, corpus = np.full((1, 33_100), 255, np.uint8), np.ones((2, 33_100), np.uint8)
+    check(queries, corpus, metric, 2)

@@ -1,0 +1,87 @@
+"""Thread counts, and settings that overlapping calls hold together."""
+
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from knnbench import InvalidInputError, knn
+from knnbench.threads import THREADS_VARIABLE, SharedSetting, available_cpus, limited_blas, thread_count
+
+
+def blas_threads():
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+def test_the_variable_decides_and_the_affinity_mask_without_it(monkeypatch):
+    monkeypatch.delenv(THREADS_VARIABLE, raising=False)
+    assert thread_count() == available_cpus() >= 1
+    monkeypatch.setenv(THREADS_VARIABLE, "3")
+    assert thread_count() == 3
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_a_variable_that_is_no_number_of_threads(monkeypatch, text):
+    monkeypatch.setenv(THREADS_VARIABLE, text)
+    with pytest.raises(InvalidInputError, match=THREADS_VARIABLE):
+        thread_count()
+
+
+def test_blas_is_limited_inside_and_left_as_found(monkeypatch):
+    monkeypatch.setenv(THREADS_VARIABLE, "1")
+    with threadpool_limits(2, user_api="blas"):
+        with limited_blas():
+            assert blas_threads() == {1}
+            with limited_blas():
+                pass
+            assert blas_threads() == {1}
+        assert blas_threads() == {2}
+
+
+def test_overlapping_holders_make_a_setting_once_and_the_last_takes_it_back():
+    events = []
+
+    @contextmanager
+    def hold():
+        events.append("made")
+        yield
+        events.append("taken back")
+
+    setting, first_is_in, first_may_leave = SharedSetting(hold), threading.Event(), threading.Event()
+
+    def first():
+        with setting():
+            first_is_in.set()
+            first_may_leave.wait(10)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    first_is_in.wait(10)
+    with setting():
+        first_may_leave.set()
+        thread.join()
+        assert events == ["made"]
+    assert events == ["made", "taken back"]
+    with setting():
+        assert events == ["made", "taken back", "made"]
+
+
+def test_calls_from_many_threads_agree(own_backend, rng):
+    if own_backend == "python":
+        pytest.skip("the naive loop has nothing to share")
+    queries, corpus = (rng.integers(0, 256, (n, 30), dtype=np.uint8) for n in (50, 300))
+    expected = knn(queries, corpus, 4, backend=own_backend)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(knn(queries, corpus, 4, backend=own_backend))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    for answer in found:
+        np.testing.assert_array_equal(answer.indices, expected.indices)
+        np.testing.assert_array_equal(answer.distances, expected.distances)

@@ -1,0 +1,370 @@
+"""What only the torch backends can get wrong; that they are right is in `tests/test_backends.py`."""
+
+import contextlib
+import itertools
+
+import numpy as np
+import pytest
+
+from knnbench import knn, pairwise, prepare
+from knnbench.backends import backend_status, get_backend
+from knnbench.dtypes import COMPUTED
+from knnbench.metrics import METRICS, Space
+from knnbench.ordering import Selection, smallest_k
+
+from ._checks import assert_identical
+
+torch = pytest.importorskip("torch")
+backend = pytest.importorskip("knnbench.backends.torch")
+
+SHAPE = 40, 150, 70  # of enough features for the tiles of the direct form
+
+
+def rows_of(rng, n, n_features, dtype):
+    if dtype == "uint8":
+        return rng.integers(1, 256, (n, n_features), np.uint8)
+    return (rng.normal(size=(n, n_features)) + 3).astype(dtype)
+
+
+def answers(dtype, n_features=SHAPE[2]):
+    """Return what every operation answers in all metrics."""
+    rng = np.random.default_rng(8)
+    queries, corpus = (rows_of(rng, n, n_features, dtype) for n in SHAPE[:2])
+    corpus[10] = corpus[100] = queries[3]
+    far = (queries + 1e4, corpus + 1e4) if dtype != "uint8" else (queries, corpus)
+    found = []
+    for metric, (q, c) in itertools.product(METRICS, ((queries, corpus), far)):
+        found += [*knn(q, c, 7, metric, backend="torch"), pairwise(q, c, metric, backend="torch")]
+    return found
+
+
+@contextlib.contextmanager
+def set_aside(get, put, value):
+    before = get()
+    put(value)
+    try:
+        yield lambda: get() == value
+    finally:
+        put(before)
+
+
+def precision(switch, value):
+    return set_aside(lambda: switch.fp32_precision, lambda v: setattr(switch, "fp32_precision", v), value)
+
+
+@contextlib.contextmanager
+def legacy_precision():
+    """Set the precision by the function that came before the switches, which moves them too."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield (
+            lambda: (
+                torch.get_float32_matmul_precision() == "medium"
+                and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+                and torch.backends.cuda.matmul.fp32_precision == "tf32"
+            )
+        )
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def mode(manager, is_on):
+    with manager:
+        yield is_on
+
+
+SWITCHES = {
+    "bfloat16 products": lambda: precision(torch.backends.mkldnn.matmul, "bf16"),
+    "bfloat16 everywhere": lambda: precision(torch.backends, "bf16"),
+    "legacy precision": legacy_precision,
+    "autocast": lambda: mode(
+        torch.autocast("cpu", torch.bfloat16), lambda: torch.is_autocast_enabled("cpu")
+    ),
+    "inference mode": lambda: mode(torch.inference_mode(), torch.is_inference_mode_enabled),
+    "default dtype": lambda: set_aside(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "default device": lambda: set_aside(
+        lambda: torch.get_default_device().type, torch.set_default_device, "meta"
+    ),
+    "deterministic": lambda: set_aside(
+        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
+    ),
+    "one thread": lambda: set_aside(torch.get_num_threads, torch.set_num_threads, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", COMPUTED)
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_global_switches_change_no_answer_and_are_left_alone(switch, dtype):
+    expected = answers(dtype)
+    with SWITCHES[switch]() as is_as_set:
+        assert is_as_set()
+        got = answers(dtype)
+        assert is_as_set()
+    for ours, theirs in zip(got, expected, strict=True):
+        assert_identical(ours, theirs)
+
+
+def test_autocast_would_have_changed_the_answer():
+    # Or the test above proves nothing about it.
+    rows = torch.rand(64, 64, dtype=torch.float32)
+    expected = rows @ rows
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (rows @ rows).dtype == torch.bfloat16
+        with backend.plain_arithmetic("cpu"):
+            assert torch.equal(rows @ rows, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("found", "held"), [("bf16", "ieee"), ("tf32", "ieee"), ("ieee", "ieee"), ("none", "none")])
+def test_products_are_held_at_full_precision(device, found, held):
+    # What processors without bfloat16, or machines without a GPU, cannot show in an answer.
+    if (device, found) == ("cuda", "bf16"):
+        pytest.skip("not a precision of CUDA's products")
+    switch = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
+    with precision(switch, found) as is_as_set:
+        with backend.full_precision(device):
+            assert switch.fp32_precision == held
+        assert is_as_set()
+        with pytest.raises(KeyError), backend.full_precision(device):
+            raise KeyError
+        assert is_as_set()
+
+
+def test_calls_that_overlap_hold_the_precision_together():
+    switch = torch.backends.mkldnn.matmul
+    with precision(switch, "bf16") as is_as_set:
+        first, second = backend.plain_arithmetic("cpu"), backend.plain_arithmetic("cpu")
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert switch.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert is_as_set()
+
+
+def test_the_number_of_threads_is_held_and_restored(monkeypatch):
+    before = torch.get_num_threads()
+    wanted = before + 1
+    monkeypatch.setenv("KNNBENCH_THREADS", str(wanted))
+    with backend.plain_arithmetic("cpu"):
+        assert torch.get_num_threads() == wanted
+    assert torch.get_num_threads() == before
+    with pytest.raises(KeyError), backend.plain_arithmetic("cpu"):
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+# ---- arrays
+
+
+@pytest.mark.parametrize("dtype", COMPUTED)
+def test_arrays_are_shared_both_ways(dtype):
+    engine, dtype = get_backend("torch"), np.dtype(dtype)
+    rows = rows_of(np.random.default_rng(0), 5, 3, dtype)
+    native = engine.to_native(rows, dtype)
+    assert np.shares_memory(engine.to_numpy(native), rows)
+    assert engine.to_native(native, dtype).data_ptr() == native.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", COMPUTED)
+def test_read_only_arrays_are_taken_without_a_copy_or_a_warning(dtype):
+    engine, dtype = get_backend("torch"), np.dtype(dtype)
+    rows = rows_of(np.random.default_rng(0), 5, 3, dtype)
+    kept = rows.copy()
+    rows.flags.writeable = False
+    native = engine.to_native(rows, dtype)
+    assert native.data_ptr() == rows.ctypes.data
+    assert not rows.flags.writeable
+    del rows  # the tensor keeps the memory
+    assert_identical(engine.to_numpy(native), kept)
+
+
+def test_tensors_of_a_graph_are_detached():
+    engine = get_backend("torch")
+    leaf = torch.ones((4, 3), requires_grad=True)
+    native = engine.to_native(leaf * 2, np.dtype(np.float32))
+    assert not native.requires_grad
+    assert_identical(engine.to_numpy(native), np.full((4, 3), 2, np.float32))
+
+
+def test_answers_are_made_outside_inference_mode_from_a_corpus_prepared_in_it():
+    rows = rows_of(np.random.default_rng(0), 30, 5, "float32")
+    expected = knn(rows, rows, 3, backend="torch")
+    with torch.inference_mode():
+        prepared = prepare(rows, backend="torch")
+    assert_identical(knn(rows, prepared, 3).distances, expected.distances)
+
+
+@pytest.mark.parametrize(("finite", "zero"), [(False, False), (False, True), (True, False), (True, True)])
+def test_scan_finds_the_first_bad_row_beyond_the_first_chunk(finite, zero):
+    engine = get_backend("torch")
+    rows = np.ones((5000, 700), np.float32)
+    for row, value in ((4100, np.inf), (3000, np.nan), (4999, np.nan)):
+        rows[row, 7] = value
+    rows[[2900, 4000]] = 0
+    found = engine.scan(engine.to_native(rows, rows.dtype), finite=finite, zero=zero)
+    assert found.not_finite == (3000 if finite else None)
+    assert found.all_zero == (2900 if zero else None)
+    integers = np.ones((3, 2), np.uint8)
+    found = engine.scan(engine.to_native(integers, integers.dtype), finite=finite, zero=zero)
+    assert (found.not_finite, found.all_zero) == (None, None)
+
+
+# ---- order
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 40])
+@pytest.mark.parametrize("dtype", ["int32", "int64", "float32", "float64"])
+def test_the_total_order_is_that_of_numpy(dtype, k, rng):
+    values = rng.integers(0, 4, (50, 40)).astype(dtype)
+    names = backend.NumpyNames("cpu")
+    expected = smallest_k(np, values, k)
+    for ours, theirs in zip(smallest_k(names, torch.from_numpy(values), k), expected, strict=True):
+        assert_identical(ours.numpy(), theirs)
+    for width in (1, 3, 40):
+        selection = Selection(names, k)
+        for start in range(0, 40, width):
+            selection.update(torch.from_numpy(values[:, start : start + width]), start)
+        assert_identical(selection.values.numpy(), expected[0])
+        assert_identical(selection.indices.numpy(), expected[1])
+
+
+def test_a_median_is_one_of_the_values():
+    values = torch.tensor([[4.0, 1.0, 3.0, 2.0], [1.0, 1.0, 9.0, 9.0]])
+    assert backend.NumpyNames("cpu").median(values, axis=1).tolist() == [2.0, 1.0]
+    assert backend.NumpyNames("cpu").median(values[:, :3], axis=1).tolist() == [3.0, 1.0]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("n_features", [3, 70, 40_000])
+def test_equal_rows_are_equally_far_wherever_they_stand(metric, n_features, rng):
+    # At 40,000 features torch sums one row alone by several threads, and rows together by one each.
+    queries = rng.normal(size=(2, n_features)).astype(np.float32)
+    corpus = rng.normal(size=(7, n_features)).astype(np.float32)
+    corpus[[1, 4, 6]] = corpus[3]
+    for budget in (1 << 30, 160 * n_features + 4000):
+        distances, indices = knn(queries, corpus, 7, metric, backend="torch", memory_budget=budget)
+        for found, order in zip(distances, indices.tolist(), strict=True):
+            place = order.index(1)
+            assert order[place : place + 4] == [1, 3, 4, 6]
+            assert len(set(found[place : place + 4].tolist())) == 1
+
+
+@pytest.mark.parametrize("n_terms", [1, 2, 5])
+@pytest.mark.parametrize("n_features", [5, 40_000, 100_000])
+def test_a_row_alone_is_rounded_as_among_others(n_features, n_terms, rng):
+    terms = torch.from_numpy(rng.random((64, n_features), np.float32))
+    together = backend.over_features(torch.sum, terms)
+    for start in range(0, 60, n_terms):
+        part = terms[start : start + n_terms]
+        assert torch.equal(backend.over_features(torch.sum, part), together[start : start + n_terms])
+        assert torch.equal(backend.over_features(torch.sum, part[None])[0], together[start : start + n_terms])
+
+
+# ---- arithmetic
+
+
+@pytest.mark.parametrize("n_features", [backend.EXACT_SUM, backend.EXACT_SUM + 1, 2 * backend.EXACT_SUM])
+def test_sums_of_bytes_are_exact_where_float32_ends(n_features):
+    queries = np.zeros((2, n_features), np.uint8)
+    corpus = np.full((3, n_features), 255, np.uint8)
+    corpus[1, 0] = 254
+    corpus[2, :2] = 254
+    expected = 255 * n_features - np.array([[0, 1, 2]] * 2, np.int64)
+    assert_identical(pairwise(queries, corpus, "cityblock", backend="torch").astype(np.int64), expected)
+
+
+@pytest.mark.parametrize("metric", ["cityblock", "chebyshev", "sqeuclidean"])
+@pytest.mark.parametrize("n_features", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_both_direct_forms_are_right(metric, n_features, dtype, rng, monkeypatch):
+    engine, space = get_backend("torch"), Space(METRICS[metric], np.dtype(dtype), n_features)
+    # Quarters of small integers, whose sums are exact in any order.
+    queries, corpus = (rng.integers(-40, 40, (n, n_features)).astype(dtype) / 4 for n in (37, 51))
+    expected = pairwise(queries, corpus, metric, backend="python")
+    a, b = (engine.to_native(rows, space.dtype) for rows in (queries, corpus))
+    for tiled in (1, n_features + 1):
+        monkeypatch.setattr(backend, "TILED_FEATURES", tiled)
+        for elements in (1, 1000, 1 << 19):
+            monkeypatch.setattr(backend, "TILE_ELEMENTS", elements)
+            assert_identical(engine.to_numpy(engine.direct_block(a, b, space)), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_direct_form_that_cuda_takes_is_right(metric, rng):
+    # torch.cdist is the same function on the CPU: what stands around it is tested here.
+    space = Space(METRICS[metric], np.dtype(np.float64), 20)
+    form = backend.DIRECT_FORMS[space.form.step]
+    queries, corpus = (torch.from_numpy(rng.normal(size=(n, 20))) for n in (5, 9))
+    norms = torch.cdist(queries, corpus, p=form.order, compute_mode="donot_use_mm_for_euclid_dist")
+    differences = queries[:, None] - corpus[None]
+    expected = form.reduce(form.terms(differences), -1)
+    torch.testing.assert_close(form.from_norm(norms), expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_unit_rows_are_those_of_the_metric(dtype, rng):
+    info = np.finfo(dtype)
+    scales = [info.smallest_subnormal, 8 * info.smallest_subnormal, info.tiny, 1e-20, 1, 1e20, info.max / 2, info.max]
+    rows = np.concatenate([np.clip(rng.normal(size=(20, 9)), -1, 1) * scale for scale in scales]).astype(dtype)
+    rows[:, 0] = np.repeat(np.array(scales, dtype), 20)  # none is all zeros
+    got = backend.unit_length(torch.from_numpy(rows)).numpy()
+    expected = METRICS["cosine"].prepare_rows(np, rows)
+    np.testing.assert_allclose(got, expected, rtol=2 * info.eps, atol=float(info.tiny))
+    np.testing.assert_allclose((got.astype(float) ** 2).sum(axis=1), 1, rtol=30 * info.eps)
+
+
+def test_every_metric_has_what_torch_needs():
+    assert frozenset(METRICS) == backend.SUPPORTED
+    forms = [form for metric in METRICS.values() for form in (metric.floating, metric.integer)]
+    assert {form.from_dot for form in forms} - {None} == backend.FROM_DOT.keys()
+
+
+@pytest.mark.parametrize("form", backend.FROM_DOT)
+def test_the_forms_in_place_are_those_of_the_metrics(form, rng):
+    shapes = ((4, 5), 1000), ((4, 1), 9), ((1, 5), 9)
+    dots, query_norms, corpus_norms = (rng.integers(0, largest, shape) for shape, largest in shapes)
+    got = backend.FROM_DOT[form](*map(torch.from_numpy, (dots.copy(), query_norms, corpus_norms)))
+    assert_identical(got.numpy(), form(dots, query_norms, corpus_norms))
+
+
+# ---- CUDA
+
+
+def test_without_cuda_the_status_says_why():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    status = backend_status("torch-cuda")
+    assert not status.ok
+    assert f"no CUDA device: torch {torch.__version__}" in status.reason
+    assert status.device == "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", COMPUTED)
+def test_tensor_float_32_changes_no_answer(metric, dtype, rng):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    queries, corpus = (rows_of(rng, n, 70, dtype) for n in (40, 500))
+    expected = knn(queries, corpus, 7, metric, backend="torch-cuda")
+    with precision(torch.backends.cuda.matmul, "tf32"):
+        got = knn(queries, corpus, 7, metric, backend="torch-cuda")
+    assert_identical(got.distances, expected.distances)
+    assert_identical(got.indices, expected.indices)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", COMPUTED)
+def test_tensors_on_the_device_are_answered_in_kind(metric, dtype, rng):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    rows = [rows_of(rng, n, 70, dtype) for n in (40, 500)]
+    on_device = [torch.from_numpy(array).to("cuda") for array in rows]
+    expected = knn(*rows, 7, metric, backend="torch-cuda")
+    got = knn(*on_device, 7, metric, backend="torch-cuda")
+    assert got.distances.device.type == got.indices.device.type == "cuda"
+    assert_identical(got.distances.cpu().numpy(), expected.distances)
+    assert_identical(got.indices.cpu().numpy(), expected.indices)
