@@ -148,4 +148,5 @@ def makes_unit_rows(space: Space) -> bool:
 
 def row_bytes(space: Space) -> int:
     """Return the bytes that a workspace takes for each row."""
-    return np.dtype(np.float64).itemsize + makes_unit_rows(space) * space.n_features * space.dtype.itemsize
+    norms = space.form.rank_uses_norms * np.dtype(np.float64).itemsize
+    return norms + makes_unit_rows(space) * space.n_features * space.dtype.itemsize
