@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -155,6 +156,22 @@ def test_the_number_of_threads_is_held_and_restored(monkeypatch):
     assert torch.get_num_threads() == before
 
 
+def test_threads_to_come_have_as_many_as_before(rng):
+    rows = rng.normal(size=(50, 70))
+    with set_aside(torch.get_num_threads, torch.set_num_threads, 3) as is_as_set:
+        pairwise(rows, rows, "cityblock", backend="torch")
+        assert is_as_set()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+
+
+def test_an_error_in_a_thread_is_raised():
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        backend.run_apart(lambda part: 1 // part.start, [slice(2, 3), slice(0, 1)])
+    assert torch.get_num_threads() == before
+
+
 # ---- arrays
 
 
@@ -286,7 +303,7 @@ def test_both_direct_forms_are_right(metric, n_features, dtype, rng, monkeypatch
     a, b = (engine.to_native(rows, space.dtype) for rows in (queries, corpus))
     for tiled in (1, n_features + 1):
         monkeypatch.setattr(backend, "TILED_FEATURES", tiled)
-        for elements in (1, 1000, 1 << 19):
+        for elements in (1, 1000, 30_000, 1 << 19):
             monkeypatch.setattr(backend, "TILE_ELEMENTS", elements)
             assert_identical(engine.to_numpy(engine.direct_block(a, b, space)), expected)
 

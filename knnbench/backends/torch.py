@@ -7,6 +7,7 @@ among equal values cannot be left to ``torch.topk``, which does not specify it: 
 import math
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +32,8 @@ DTYPES: dict[np.dtype[Any], torch.dtype] = {
     np.dtype(name): getattr(torch, name) for name in ("bool", "uint8", "int32", "int64", "float32", "float64")
 }
 
-# Differences of a tile of the direct form on the CPU, for each thread, and queries that it takes: as many as stay
-# in the second-level cache, for the threads wait for each other after each of three operations on the tile.
+# Differences of a tile of the direct form on the CPU, one for each thread, and queries that it takes at the least:
+# the tile stays in the second-level cache.
 TILE_ELEMENTS = 1 << 19
 TILE_QUERIES = 16
 
@@ -214,16 +215,22 @@ class TorchSearch(TorchArrays, BlockSearch):
             norms = torch.cdist(a, b, p=form.order, compute_mode="donot_use_mm_for_euclid_dist")
             return form.from_norm(norms).to(DTYPES[space.accumulator])
         result = torch.empty((len(a), len(b)), dtype=DTYPES[space.accumulator], device=a.device)
-        # Not more than the rows themselves, which the budget counts.
-        elements = min(TILE_ELEMENTS * torch.get_num_threads(), (len(a) + len(b)) * space.n_features)
-        width = min(len(b), max(1, elements // (TILE_QUERIES * space.n_features)))
+        threads = torch.get_num_threads()
+        # All tiles together take no more than the rows themselves, which the budget counts.
+        elements = min(TILE_ELEMENTS, (len(a) + len(b)) * space.n_features // threads)
+        width = max(1, min(elements // (TILE_QUERIES * space.n_features), -(-len(b) // threads)))
         height = max(1, elements // (width * space.n_features))
-        tile = torch.empty((min(height, len(a)), width, space.n_features), dtype=a.dtype, device=a.device)
-        for rows in slices(len(a), height):
-            for columns in slices(len(b), width):
-                part = tile[: rows.stop - rows.start, : columns.stop - columns.start]
-                torch.sub(a[rows, None], b[columns], out=part)
-                result[rows, columns] = over_features(form.reduce, form.terms(part))
+        inference = torch.is_inference_mode_enabled()
+
+        def fill(columns: slice) -> None:
+            shape = min(height, len(a)), columns.stop - columns.start, space.n_features
+            with torch.inference_mode(inference):
+                tile = torch.empty(shape, dtype=a.dtype, device=a.device)
+                for rows in slices(len(a), height):
+                    part = torch.sub(a[rows, None], b[columns], out=tile[: rows.stop - rows.start])
+                    result[rows, columns] = over_features(form.reduce, form.terms(part))
+
+        run_apart(fill, list(slices(len(b), width)))
         return result
 
     def _prepared_rows(self, rows: Native, space: Space) -> Native:
@@ -338,6 +345,22 @@ def full_precision(device: str) -> Iterator[None]:
 
 
 SWITCHES = {device: SharedSetting(partial(switches, device)) for device in ("cpu", "cuda")}
+
+
+def run_apart(task: Callable[[slice], None], parts: list[slice]) -> None:
+    """Run a task on each part, on as many threads as torch has, each of which works on its own.
+
+    torch itself divides every operation, and its threads meet at the end of it. On a tile that takes
+    microseconds, and where another program uses one of the processors, they wait much longer than they compute.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(min(threads, len(parts)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(task, parts):
+                pass
+    finally:
+        # Of a new thread torch takes the number as that of all threads to come.
+        torch.set_num_threads(threads)
 
 
 class Writeable:
