@@ -36,7 +36,7 @@ app.add_typer(data_app, name="data")
 
 OUTPUT = Path("knnbench-results.jsonl")
 DEFAULT_METRICS = "cityblock,euclidean"
-DEFAULT_TIME_S = 60.0
+DEFAULT_TIME_S = 45.0
 FAILED = 1
 INVALID = 2
 INTERRUPTED = 130

@@ -57,7 +57,7 @@ def test_a_larger_budget_never_gives_fewer_pairs(low, high):
 
 
 def test_over_budget_says_what_is_needed():
-    with pytest.raises(OverBudgetError, match=r"budget of 99 bytes .* need 1,100; .*KNNBENCH_MEMORY_BUDGET") as caught:
+    with pytest.raises(OverBudgetError, match=r"the 99 bytes .* needs 1,100; .*KNNBENCH_MEMORY_BUDGET") as caught:
         block_shape(10, 10, budget=99, per_pair=100, per_query=1000)
     assert isinstance(caught.value, MemoryError)
     assert isinstance(caught.value, KnnbenchError)
@@ -111,6 +111,10 @@ def test_memory_is_required(monkeypatch):
     require_memory(1 << 60, "a thing")
 
 
+# Of the 1000 bytes in use, 500 are pages of files that nobody uses.
+GROUP = {"memory.max": "3000\n", "memory.current": "1000\n", "memory.stat": "anon 500\ninactive_file 500\n"}
+
+
 def test_memory_that_cannot_be_told_is_none(monkeypatch):
     class Nowhere:
         def __init__(self, path):
@@ -128,14 +132,20 @@ def test_memory_that_cannot_be_told_is_none(monkeypatch):
     [
         ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    4 kB\n"}, 4096),
         ({"/proc/meminfo": "MemAvailable: 4 kB\n", "memory.max": "max\n", "memory.current": "1"}, 4096),
-        ({"/proc/meminfo": "MemAvailable: 4 kB\n", "memory.max": "3000\n", "memory.current": "1000\n"}, 2000),
-        ({"/proc/meminfo": "MemAvailable: 1 kB\n", "memory.max": "3000\n", "memory.current": "1000\n"}, 1024),
+        ({"/proc/meminfo": "MemAvailable: 4 kB\n", **GROUP}, 2500),
+        ({"/proc/meminfo": "MemAvailable: 1 kB\n", **GROUP}, 1024),
     ],
 )
 def test_available_memory_is_the_least_of_both(files, expected, monkeypatch):
     class Fake:
         def __init__(self, path):
-            self.path = path
+            self.path = str(path)
+
+        def __truediv__(self, name):
+            return Fake(f"{self.path}/{name}")
+
+        def __str__(self):
+            return self.path
 
         def read_text(self):
             for name, text in files.items():

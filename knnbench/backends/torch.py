@@ -359,7 +359,7 @@ def run_apart(task: Callable[[slice], None], parts: list[slice]) -> None:
             for _ in pool.map(task, parts):
                 pass
     finally:
-        # Of a new thread torch takes the number as that of all threads to come.
+        # What one thread sets is also what torch starts with in every thread to come.
         torch.set_num_threads(threads)
 
 
