@@ -5,17 +5,20 @@ crash, a time-out, or a backend that was named and does not work here); 2, the c
 as they should be; 130, interrupted by Ctrl-C, with all that was measured until then shown and kept.
 """
 
+import fnmatch
+import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import knnbench
 from knnbench import datasets
@@ -24,7 +27,11 @@ from knnbench.backends import backends as backend_statuses
 from knnbench.backends import registry
 from knnbench.dtypes import COMPUTED
 from knnbench.errors import DatasetError, InvalidInputError, KnnbenchError, UnknownBackendError
+from knnbench.measure import OPS, Case, Journal, Plan, make_cases, measure
+from knnbench.measure.comparison import ALPHA, MIN_CHANGE, compare_sides, parse_side
 from knnbench.metrics import METRICS, Space, get_metric
+from knnbench.report.table import absent_table, backends_table, case_table, datasets_table
+from knnbench.results import Record, read_records
 from knnbench.selection import choose
 from knnbench.threads import thread_count
 
@@ -35,6 +42,7 @@ data_app = typer.Typer(no_args_is_help=True, help="The data sets: what is there,
 app.add_typer(data_app, name="data")
 
 OUTPUT = Path("knnbench-results.jsonl")
+ASV_RESULTS = Path(".asv/results")
 DEFAULT_METRICS = "cityblock,euclidean"
 DEFAULT_TIME_S = 45.0
 FAILED = 1
@@ -86,81 +94,168 @@ def run(
         str, typer.Option(help="mnist, digits or synthetic; default mnist if it is here, else digits.")
     ] = "",
     dtype: Annotated[
-        str, typer.Option(help="Convert the data to uint8, float32 or float64; default as they are.")
+        str, typer.Option(help="Convert the data to uint8, float32, float64, or several of them; default as they are.")
     ] = "",
+    op: Annotated[str, typer.Option(help="knn, pairwise, or both.")] = OPS[0],
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Neighbours of each query.")] = 3,
     n_queries: Annotated[
         int, typer.Option(min=1, help="Queries at the most; slow backends are measured on fewer.")
     ] = 10_000,
+    only: Annotated[str, typer.Option(help="Only cases whose name matches, such as '*/cosine/*'; see --list.")] = "",
     threads: Threads = None,
     time: Annotated[
         float, typer.Option(min=0.1, help="Seconds for all calls together; starting and preparing come on top.")
     ] = DEFAULT_TIME_S,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order in which cases and backends take turns.")] = 0,
+    twins: Annotated[bool, typer.Option(help="Whether to measure the fastest twice, for the noise.")] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on with an interrupted run.")] = False,
+    list_cases: Annotated[bool, typer.Option("--list", help="Print the names of the cases and stop.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Append the records to this file.")] = OUTPUT,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON lines instead of tables.")] = False,
 ) -> None:
-    """Measure backends x metrics: time, rate, error and memory of each."""
-    from knnbench.measure import Plan, Record, append_record, measure
-    from knnbench.report.table import absent_table, metric_table
+    """Measure backends x cases: time, rate, error and memory of each.
 
-    names = _backend_names(backends)
-    metric_names = _metric_names(metrics)
+    The same command goes on with a run that was interrupted.
+    """
     chosen = dataset or datasets.best_available()
-    n_corpus = _check_data(chosen, dtype, k)
-    _check_writable(output)
+    cases = _cases(chosen, metrics, dtype, op, k, n_queries, only)
+    if list_cases:
+        for case in cases:
+            print(case.name)
+        return
+    names = _backend_names(backends)
     plan = Plan(
         backends=names,
-        metrics=metric_names,
-        dataset=chosen,
-        dtype=dtype,
-        k=k,
-        n_queries=n_queries,
-        case_s=time / (len(names) * len(metric_names)),
+        cases=cases,
+        case_s=time / (len(names) * len(cases)),
         threads=threads or thread_count(),
+        seed=seed,
+        twins=twins,
     )
     records: list[Record] = []
-    interrupted = False
-    with _bar() as bar:
-        task = bar.add_task("starting", total=len(plan.backends) * len(plan.metrics))
-        cells = measure(plan)
+    interrupted, failure = False, None
+    with Journal(output, plan, fresh=fresh) as journal, _bar() as bar:
+        if journal.earlier:
+            err.print(f"going on with the run of {journal.earlier[0].started}", style="dim")
+        records += [record for record in journal.earlier if record.complete]
+        task = bar.add_task("starting", total=1.0)
+        updates = measure(plan, journal.earlier)
         try:
-            bar.update(task, description=f"{plan.backends[0]}")
-            for record in cells:
-                append_record(output, record)
-                records.append(record)
-                if as_json:
+            for update in updates:
+                bar.update(task, description=update.running, completed=update.done)
+                complete = [record for record in update.records if record.complete]
+                records += complete
+                journal.take(update.records)
+                for record in complete if as_json else ():
                     print(record.to_json(), flush=True)
-                place = len(records) // len(plan.metrics)
-                bar.update(task, advance=1, description=plan.backends[min(place, len(plan.backends) - 1)])
+            journal.finish()
         except KeyboardInterrupt:
             interrupted = True
+        except OSError as error:
+            failure = error
         finally:
-            cells.close()
+            updates.close()
+        records += journal.partial
     if not as_json:
-        for metric in plan.metrics:
-            rows = [record for record in records if record.metric == metric and record.status != "absent"]
-            if rows:
-                out.print(metric_table(rows, n_corpus), "")
-        absent = absent_table(records)
-        if absent is not None:
-            out.print(absent)
+        _show(records, plan)
         if chosen == "digits" and not dataset:
             err.print("Measured on digits, a small set. For MNIST: knnbench data fetch mnist", style="dim")
-    if records:
-        err.print(f"{len(records)} records appended to {output}", style="dim")
+    if failure is not None:
+        if not as_json:
+            for record in records:
+                print(record.to_json())
+        err.print(
+            f"records cannot be written to {output}: {failure.strerror}; they were printed to standard output instead",
+            style="red",
+        )
+        raise typer.Exit(FAILED)
+    err.print(f"{sum(record.complete for record in records)} records in {output}", style="dim")
     if interrupted:
-        err.print("interrupted; what was measured is kept", style="yellow")
+        err.print("interrupted; what was measured is kept, and the same command goes on", style="yellow")
         raise typer.Exit(INTERRUPTED)
     allowed = ("ok",) if backends else HARMLESS
     if any(record.status not in allowed for record in records):
         raise typer.Exit(FAILED)
 
 
+@app.command()
+def machine(
+    probes: Annotated[str, typer.Option(help="Names, separated by commas; default all.")] = "",
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show what this machine is, and measure what it can do at best."""
+    from knnbench.measure.ceilings import Ceilings
+    from knnbench.measure.machine import describe_machine
+    from knnbench.report.table import ceilings_table, machine_table
+
+    names = _required(probes, "--probes") if probes else None
+    measured = []
+    ceilings = Ceilings(threads or thread_count()).measure(names)
+    with err.status("measuring") as status:
+        for ceiling in ceilings:
+            measured.append(ceiling)
+            status.update(f"measuring; {ceiling.name} is known")
+    facts = describe_machine()
+    if as_json:
+        rates = {ceiling.name: asdict(ceiling) for ceiling in measured}
+        print(json.dumps({"machine": facts, "threads": threads or thread_count(), "ceilings": rates}))
+        return
+    out.print(machine_table(facts, threads or thread_count()), "")
+    out.print(ceilings_table(measured))
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="What to compare with: a side, as above.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What is compared.")],
+    results: Annotated[Path, typer.Option(help="The file that a side without a path is taken from.")] = OUTPUT,
+    alpha: Annotated[float, typer.Option(min=1e-9, max=0.5, help="Chance of calling noise a difference.")] = ALPHA,
+    min_change: Annotated[float, typer.Option(min=0.0, help="Least relative change to speak of.")] = MIN_CHANGE,
+) -> None:
+    """Compare two sets of records, case by case; exit with 1 if B is slower, broken or less accurate.
+
+    A side is a file; or FIELD=VALUE[,...] of the file that --results names; or PATH@FIELD=VALUE[,...]. Fields are
+    backend, commit, machine, run, threads, dtype, metric, op, dataset, k and version:
+
+    knnbench compare before.jsonl after.jsonl
+
+    knnbench compare commit=1a2b3c commit=4d5e6f
+
+    knnbench compare backend=numpy,dtype=float32 backend=numba,dtype=float32
+    """
+    from knnbench.report.comparison import comparison_table
+
+    comparison = compare_sides(parse_side(a, results), parse_side(b, results), alpha=alpha, min_change=min_change)
+    out.print(comparison_table(comparison))
+    if comparison.regressions:
+        raise typer.Exit(FAILED)
+
+
+@app.command(name="export-asv")
+def export_asv(
+    results: Annotated[list[Path], typer.Argument(help="Files of records.")],
+    results_dir: Annotated[Path, typer.Option(help="results_dir of asv.conf.json.")] = ASV_RESULTS,
+    machine_name: Annotated[
+        str, typer.Option("--machine", help="What asv is to call the machine; default from its CPU.")
+    ] = "",
+) -> None:
+    """Write records into asv's results, so that `asv publish` shows them beside its own. Do it after `asv run`."""
+    from knnbench.report.asv import export
+
+    records = [record for path in results for record in read_records(path)]
+    exported = export(records, results_dir, machine_name or None)
+    for name, reason in exported.refused:
+        err.print(f"left out: {name}: {reason}", style="yellow", markup=False)
+    for path in exported.paths:
+        out.print(str(path), soft_wrap=True, markup=False)
+    if not exported.paths:
+        raise InvalidInputError("nothing was exported: no record is ok, complete and of a clean commit.")
+
+
 @app.command(name="backends")
 def list_backends() -> None:
     """List every backend: whether it works here, on what device, and how to get it."""
-    from knnbench.report.table import backends_table
-
     with err.status("computing with each backend"):
         statuses = backend_statuses()
     out.print(backends_table(statuses))
@@ -226,8 +321,6 @@ def reproduce(
 @data_app.command()
 def info() -> None:
     """Show each data set: where it is, its shape, or how to get it."""
-    from knnbench.report.table import datasets_table
-
     out.print(datasets_table(datasets.status()))
 
 
@@ -243,7 +336,7 @@ def fetch(name: Annotated[str, typer.Argument(help="The data set: mnist.")]) -> 
 
 @contextmanager
 def _bar() -> Iterator[Progress]:
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=err) as progress:
         yield progress
 
@@ -273,28 +366,41 @@ def _metric_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _check_data(dataset: str, dtype: str, k: int) -> int:
-    """Return the rows of a data set's corpus, if what is asked for can be done with it."""
+def _cases(dataset: str, metrics: str, dtypes: str, ops: str, k: int, n_queries: int, only: str) -> list[Case]:
+    """Return the cases asked for, if the data set is here and what is asked for can be done with it."""
     statuses = {status.name: status for status in datasets.status()}
     if dataset not in statuses:
         raise InvalidInputError(f"data set {dataset!r} is unknown; expected one of: {', '.join(statuses)}.")
     if not statuses[dataset].available:
         raise DatasetError(statuses[dataset].reason)
-    if dtype and dtype not in COMPUTED:
-        raise InvalidInputError(f"dtype {dtype!r} is not measured; expected one of: {', '.join(COMPUTED)}.")
-    n_corpus = statuses[dataset].train_shape[0]
-    check_k(k, n_corpus)
-    return n_corpus
+    for name, known in ((dtypes, COMPUTED), (ops, OPS)):
+        for part in _required(name, "--dtype" if known is COMPUTED else "--op") if name else ():
+            if part not in known:
+                raise InvalidInputError(f"{part!r} is not measured; expected one of: {', '.join(known)}.")
+    check_k(k, statuses[dataset].train_shape[0])
+    cases = make_cases(
+        dataset,
+        _metric_names(metrics),
+        ops=_required(ops, "--op"),
+        dtypes=_required(dtypes, "--dtype") if dtypes else ("",),
+        k=k,
+        n_queries=n_queries,
+    )
+    chosen = [case for case in cases if not only or fnmatch.fnmatchcase(case.name, only)]
+    if not chosen:
+        raise InvalidInputError(f"no case matches {only!r}; there are: {', '.join(case.name for case in cases)}.")
+    return chosen
 
 
-def _check_writable(path: Path) -> None:
-    """Refuse a file that records could not be appended to, before anything is measured."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise InvalidInputError(
-            f"records cannot be written to {path}: {error.strerror}; name another with --output."
-        ) from None
+def _show(records: list[Record], plan: Plan) -> None:
+    """Print what was measured, a table for each case."""
+    for case in plan.cases:
+        rows = [record for record in records if record.case == case.name and record.status != "absent"]
+        if rows:
+            out.print(case_table(rows), "")
+    absent = absent_table(records)
+    if absent is not None:
+        out.print(absent)
 
 
 def _fastest() -> str:

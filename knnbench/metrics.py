@@ -15,8 +15,8 @@ To add a metric, add one record to `METRICS`; CONTRIBUTING.md says what is then 
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -155,6 +155,9 @@ class Form:
         ``(xp, ranked) -> distances``; never decreases.
     keeps_integers : bool
         On uint8: whether distances are exact integers; otherwise they come back as float32.
+    operations : dict of str to float
+        How many additions (``add``) and fused multiply-adds (``fma``) `accumulate` needs at the least. What
+        takes a sign away or keeps the larger counts nothing: other units of a processor do it meanwhile.
     """
 
     accumulate: Callable[[Number, Number, Number], Number]
@@ -166,6 +169,7 @@ class Form:
     rank_uses_norms: bool = False
     finish: Callable[[Any, Number], Number] = unchanged
     keeps_integers: bool = True
+    operations: Mapping[str, float] = field(default_factory=lambda: {"add": 1, "fma": 1})
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +290,23 @@ class Space:
         """
         return (self.n_features + 8) * float(np.finfo(self.dtype).eps)
 
+    def operations(self, dtype: str, *, product: bool) -> dict[str, float]:
+        """Return the operations that one feature of one pair takes at the least, computed in `dtype`.
+
+        Parameters
+        ----------
+        dtype : {"float32", "float64"}
+        product : bool
+            Whether by a matrix product, where the metric has that form.
+
+        Returns
+        -------
+        dict of str to float
+            By names such as ``"fma-float32"``, those of `knnbench.measure.ceilings`.
+        """
+        counts = {"fma": 1} if product and self.form.from_dot is not None else self.form.operations
+        return {f"{kind}-{dtype}": count for kind, count in counts.items()}
+
     def finish(self, ranked: Array) -> Array:
         """Return the distances of `ranked` values, an array of any shape, as `output`."""
         if self.form.finish is unchanged and ranked.dtype == self.output:
@@ -300,8 +321,8 @@ class Space:
 
 _SQUARES = Form(add_square, math.fsum, step_squares, squares_from_dot)
 _SQUARES_ROOTED = Form(add_square, math.fsum, step_squares, squares_from_dot, finish=square_root, keeps_integers=False)
-_ABSOLUTES = Form(add_absolute, math.fsum, step_absolutes)
-_LARGEST = Form(keep_largest, max, step_largest)
+_ABSOLUTES = Form(add_absolute, math.fsum, step_absolutes, operations={"add": 2})
+_LARGEST = Form(keep_largest, max, step_largest, operations={"add": 1})
 _UNIT_SQUARES = Form(add_square, math.fsum, step_squares, squares_from_dot, finish=half)
 _DOT = Form(
     add_product,
@@ -313,6 +334,7 @@ _DOT = Form(
     rank_uses_norms=True,
     finish=at_least_zero,
     keeps_integers=False,
+    operations={"fma": 1},
 )
 
 METRICS: dict[str, Metric] = {

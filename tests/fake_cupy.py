@@ -7,6 +7,7 @@ installed); its arrays do not mix with numpy's, and kernels run in `tests.cuda_e
 
 import operator
 import sys
+import time
 import types
 
 import numpy as np
@@ -261,6 +262,30 @@ class Stream:
         pass
 
 
+class Event:
+    def record(self, stream=None):
+        self.time_s = time.perf_counter()
+
+    def synchronize(self):
+        assert self.time_s
+
+
+def get_elapsed_time(start_event, end_event):
+    return (end_event.time_s - start_event.time_s) * 1e3
+
+
+class MemoryPool:
+    def free_all_blocks(self, stream=None):
+        self.bytes = 1000
+
+    def total_bytes(self):
+        self.bytes += 512
+        return self.bytes
+
+
+POOL = MemoryPool()
+
+
 FUNCTIONS = {
     function.__name__: function
     for function in (empty, empty_like, zeros, full, arange, asarray, ascontiguousarray, argsort, partition,
@@ -273,7 +298,8 @@ def install():
     """Take CuPy's place in this process."""
     module = types.ModuleType("cupy")
     vars(module).update(FUNCTIONS, **UFUNCS, ndarray=ndarray, RawModule=RawModule)
-    module.cuda = types.SimpleNamespace(get_current_stream=Stream)
+    module.cuda = types.SimpleNamespace(get_current_stream=Stream, Event=Event, get_elapsed_time=get_elapsed_time)
+    module.get_default_memory_pool = lambda: POOL
     ndarray.__module__ = "cupy"
     sys.modules["cupy"] = module
 

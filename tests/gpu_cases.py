@@ -15,6 +15,8 @@ from knnbench import BackendUnavailableError, InvalidInputError, interchange, kn
 from knnbench.backends import backend_status, get_backend
 from knnbench.blocking import DEFAULT_BUDGET, block_shape
 from knnbench.dtypes import COMPUTED
+from knnbench.measure import make_cases, worker
+from knnbench.measure.reference import reference_distances
 from knnbench.metrics import METRICS, Space
 
 from ._checks import assert_distances_close, assert_identical, assert_same_neighbors, tolerance
@@ -182,6 +184,35 @@ def test_bad_rows_are_found(dtype, rng):
 def test_cosine_of_rows_whose_squares_are_out_of_range(dtype, scale, rng):
     queries, corpus = (rng.normal(size=(n, 5)) for n in (2, 6))
     check((queries * scale).astype(dtype), (corpus * scale).astype(dtype), "cosine", 3)
+
+
+@pytest.mark.skipif(SIMULATED, reason="the simulator has no clock")
+def test_the_device_has_a_clock_of_its_own(rng):
+    engine, rows = get_backend(BACKEND), rows_of(rng, "float32", 3 * EDGE, 3)
+    stop = engine.stopwatch()
+    knn(rows, rows, 2, backend=BACKEND)
+    assert 0 < stop() < 60
+
+
+@pytest.mark.skipif(SIMULATED, reason="the simulator has no clock")
+@pytest.mark.parametrize("op", ["knn", "pairwise"])
+def test_a_case_is_measured_with_its_copies_apart(op, tmp_path):
+    options = {"n_train": 60, "n_test": 20, "n_features": 4}
+    (case,) = make_cases("synthetic", ["cityblock"], ops=[op], dtypes=["uint8"], options=options)
+    queries, corpus = case.load()
+    paths = [str(tmp_path / name) for name in ("first.npy", "changed.npy")]
+    for path, rows in zip(paths, (queries[:8], corpus[-8:]), strict=True):
+        np.save(path, reference_distances(rows, corpus, "cityblock"))
+    measured = worker._Case(BACKEND, worker.Opening(case, 0.05, *paths))
+    opened = measured.open()
+    assert (opened["status"], opened["reason"]) == ("ok", "")
+    assert opened["phases"].keys() == {"prepare", "first_call", "copy_in", "compute", "device", "copy_out"}
+    assert min(min(samples) for samples in opened["phases"].values()) > 0
+    turn = measured.turn(0.01)
+    assert turn["times_s"]
+    assert turn["peak_device_bytes"] is None or turn["peak_device_bytes"] >= 0
+    closed = measured.close()
+    assert (closed["status"], closed["n_checked"]) == ("ok", 16)
 
 
 @pytest.mark.skipif(BACKEND != "cupy", reason="of CuPy only")

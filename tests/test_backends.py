@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 import knnbench
 from knnbench import UnsupportedError, knn, pairwise, prepare
-from knnbench.backends import backend_status, registry
+from knnbench.backends import backend_status, get_backend, registry
 from knnbench.dtypes import COMPUTED
+from knnbench.measure import OPS
+from knnbench.measure.ceilings import PROBES
 from knnbench.metrics import METRICS, Space
 
 from ._checks import (
@@ -699,3 +701,28 @@ def test_the_resident_set_stays_within_the_budget(compared_backend):
     assert run.returncode == 0, run.stderr
     # Allocators and thread pools keep some for themselves.
     assert all(int(grown) <= budget + (32 << 20) for grown in run.stdout.split()), run.stdout
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_operations_are_those_of_probes(backend, metric, op):
+    engine = get_backend(backend)
+    for dtype in sorted(engine.capabilities.dtypes) if metric in engine.capabilities.metrics else ():
+        operations = engine.operations(Space(METRICS[metric], np.dtype(dtype), 10), op)
+        assert operations.keys() <= PROBES.keys()
+        assert all(PROBES[name].device == engine.capabilities.device for name in operations)
+        assert all(0 < count <= 2 for count in operations.values())
+        # Of floats every backend tells what it does, but the one whose time goes to Python.
+        assert operations or dtype == "uint8" or backend == "python"
+
+
+def test_a_clock_and_a_peak_are_a_devices(backend):
+    engine = get_backend(backend)
+    stop, peak = engine.stopwatch(), engine.device_peak()
+    rows = np.ones((4, 3), np.float32)
+    knn(rows, rows, 2, backend=backend)
+    if engine.capabilities.device == "cpu":
+        assert (stop(), peak()) == (None, None)
+    else:
+        assert stop() > 0
+        assert (peak() or 0) >= 0

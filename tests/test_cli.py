@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
-import knnbench
+import knnbench.measure
+import knnbench.results
 from knnbench import cli, datasets
 from knnbench.backends import backend_status, registry
-from knnbench.measure import read_records, reproduction
+from knnbench.measure import machine, reproduction
 from knnbench.measure.process import WorkerEnded
 from knnbench.measure.reproduction import NOTEBOOK, Progress
+from knnbench.results import append_record, read_records
+from tests.test_results import FIRST, SECOND
 
 
 @pytest.fixture
@@ -50,29 +54,52 @@ def in_process_of_its_own(*arguments, cwd, **environment):
 def test_run_shows_and_keeps_what_it_measured(invoke, tmp_path):
     code, shown, _ = invoke("run", "--backends", "numpy,python", "--dataset", "digits", "--time", "0.4", "-k", "2")
     assert code == 0
-    records = list(read_records(tmp_path / cli.OUTPUT))
-    assert [(record.metric, record.backend, record.status) for record in records] == [
-        ("cityblock", "numpy", "ok"),
-        ("euclidean", "numpy", "ok"),
-        ("cityblock", "python", "ok"),
-        ("euclidean", "python", "ok"),
+    records = read_records(tmp_path / cli.OUTPUT)
+    assert sorted((record.metric, record.backend, record.twin, record.status) for record in records) == [
+        ("cityblock", "numpy", False, "ok"),
+        ("cityblock", "numpy", True, "ok"),
+        ("cityblock", "python", False, "ok"),
+        ("euclidean", "numpy", False, "ok"),
+        ("euclidean", "numpy", True, "ok"),
+        ("euclidean", "python", False, "ok"),
     ]
     assert {record.k for record in records} == {2}
-    for text in ("cityblock, digits uint8, k=2, 1,438 x 64", "ms/query", "x numpy", "Gpair/s", "error"):
+    for text in (
+        "knn cityblock, digits uint8, k=2, 1,438 x 64", "ms/query", "x numpy", "Gpair/s", "% of limit", "error",
+        "one backend in two processes differed by",
+    ):  # fmt: skip
         assert text in shown
-    invoke("run", "--backends", "numpy", "--metrics", "l1", "--dataset", "digits", "--time", "0.1", "--n-queries", "7")
-    records = list(read_records(tmp_path / cli.OUTPUT))
-    assert len(records) == 5  # appended, not replaced
+    arguments = "--backends", "numpy", "--metrics", "l1", "--dataset", "digits", "--time", "0.1", "--n-queries", "7"
+    invoke("run", *arguments, "--no-twins")
+    records = read_records(tmp_path / cli.OUTPUT)
+    assert len(records) == 7  # appended, not replaced
     assert (records[-1].metric, records[-1].n_queries) == ("cityblock", 7)
+    assert not (tmp_path / (cli.OUTPUT.name + ".partial")).exists()
 
 
 def test_run_prints_json_lines(invoke, tmp_path):
     arguments = "--backends", "numpy", "--metrics", "cosine", "--dataset", "synthetic", "--dtype", "float64"
-    code, shown, _ = invoke("run", *arguments, "--time", "0.1", "--threads", "1", "--json", "-o", "other.jsonl")
+    code, shown, _ = invoke(
+        "run", *arguments, "--time", "0.1", "--threads", "1", "--json", "--no-twins", "-o", "other.jsonl"
+    )
     assert code == 0
     (record,) = [json.loads(line) for line in shown.splitlines()]
     assert (record["dtype"], record["threads"], record["status"]) == ("float64", 1, "ok")
     assert (tmp_path / "other.jsonl").read_text() == shown
+
+
+def test_cases_are_listed_and_chosen_by_name(invoke, tmp_path):
+    grid = "run", "--dataset", "digits", "--metrics", "all", "--dtype", "uint8,float32", "--op", "knn,pairwise"
+    code, shown, _ = invoke(*grid, "--list")
+    assert (code, len(shown.splitlines())) == (0, 20)
+    code, shown, _ = invoke(*grid, "--only", "pairwise/cosine/*", "--list")
+    assert shown.splitlines() == [f"pairwise/cosine/digits/{dtype}/359x1438x64" for dtype in ("uint8", "float32")]
+    code, shown, _ = invoke(*grid, "--only", "pairwise/cosine/*/uint8/*", "--backends", "numpy", "--time", "0.1")
+    assert code == 0
+    assert "pairwise cosine, digits uint8, 1,438 x 64" in shown
+    assert {record.case for record in read_records(tmp_path / cli.OUTPUT)} == {
+        "pairwise/cosine/digits/uint8/359x1438x64"
+    }
 
 
 def test_a_backend_that_was_named_and_does_not_work_fails_the_run(invoke):
@@ -93,7 +120,10 @@ def test_a_backend_that_was_named_and_does_not_work_fails_the_run(invoke):
         (["--metrics", ","], "--metrics is ','"),
         (["--backends", ","], "--backends is ','"),
         (["--dataset", "nope"], "data set 'nope' is unknown"),
-        (["--dataset", "digits", "--dtype", "int8"], "dtype 'int8'"),
+        (["--dataset", "digits", "--dtype", "int8"], "'int8' is not measured"),
+        (["--dataset", "digits", "--op", "sort"], "'sort' is not measured; expected one of: knn, pairwise"),
+        (["--dataset", "digits", "--dtype", ","], "--dtype is ','"),
+        (["--dataset", "digits", "--only", "*/l1/*"], "no case matches '*/l1/*'; there are: knn/cityblock/digits"),
         (["--dataset", "digits", "-k", "1439"], "exceeds n_corpus=1438"),
         (["--dataset", "digits", "-o", "no/such/folder"], "no/such/folder"),
         (["-k", "0"], "'--k'"),
@@ -124,23 +154,181 @@ def test_absent_mnist_says_how_to_get_it(tmp_path):
         assert "knnbench data fetch mnist" in " ".join(done.stderr.split())
 
 
-def test_ctrl_c_shows_and_keeps_what_was_measured(tmp_path):
-    output = tmp_path / "records.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "knnbench", "run", "--backends", "numpy,python", "--dataset", "digits", "--time", "6",
-         "-o", str(output)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (not output.exists() or not output.read_text()):
-        time.sleep(0.05)
+GRID = "--backends", "numpy,python", "--dataset", "digits", "--time", "3", "-o", "records.jsonl"
+
+
+def started(cwd):
+    arguments = [sys.executable, "-m", "knnbench", "run", *GRID]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.02)
+    assert condition()
+
+
+def lines(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_ctrl_c_shows_and_keeps_what_was_measured_and_a_rerun_goes_on(tmp_path):
+    process = started(tmp_path)
+    partial = tmp_path / "records.jsonl.partial"
+    wait_until(lambda: lines(partial) > 1)
     process.send_signal(signal.SIGINT)
     shown, errors = process.communicate(timeout=30)
     assert process.returncode == cli.INTERRUPTED
     assert "Traceback" not in errors
-    kept = list(read_records(output))
-    assert 1 <= len(kept) < 4
-    assert "cityblock, digits" in shown
+    assert "interrupted after" in shown
+    assert "the same command goes on" in errors
+    first = json.loads(partial.read_text().splitlines()[1])
+    again = in_process_of_its_own("run", *GRID, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "going on with the run of" in again.stderr
+    assert not partial.exists()
+    records = read_records(tmp_path / "records.jsonl")
+    (same,) = [
+        record for record in records
+        if (record.case, record.backend, record.twin) == (cell_name(first), first["backend"], first["twin"])
+    ]  # fmt: skip
+    assert same.times_s[: len(first["phases"]["call"])] == first["phases"]["call"]
+
+
+def cell_name(data):
+    return knnbench.results.Record(**data).case
+
+
+def test_a_killed_run_is_finished_by_a_rerun_without_repeating(tmp_path):
+    path = tmp_path / "records.jsonl"
+    process = started(tmp_path)
+    wait_until(lambda: lines(path) >= 3)  # one case is over, another is not
+    process.kill()
+    process.communicate()
+    before = path.read_bytes()
+    again = in_process_of_its_own("run", *GRID, cwd=tmp_path)
+    assert again.returncode == 0
+    assert path.read_bytes().startswith(before)
+    records = read_records(path)
+    keys = [(record.case, record.backend, record.twin) for record in records]
+    assert len(keys) == len(set(keys)) == 6
+    assert len({record.run for record in records}) == 1
+    assert {record.status for record in records} == {"ok"}
+    assert "cityblock" in again.stdout
+    assert "euclidean" in again.stdout
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path):
+    process = started(tmp_path)
+    wait_until(lambda: (tmp_path / "records.jsonl").exists())
+    second = in_process_of_its_own("run", *GRID, cwd=tmp_path)
+    process.kill()
+    process.communicate()
+    assert second.returncode == cli.INVALID
+    assert "another run is writing to records.jsonl" in " ".join(second.stderr.split())
+
+
+@pytest.fixture
+def interrupted(invoke, tmp_path, monkeypatch):
+    """Leave what a run that was killed in its first round leaves."""
+
+    def stopped(journal, records):
+        original(journal, records)
+        if journal.partial:
+            raise KeyboardInterrupt
+
+    original = knnbench.measure.Journal.take
+    with monkeypatch.context() as patch:
+        patch.setattr(knnbench.measure.Journal, "take", stopped)
+        assert invoke("run", *GRID, "--no-twins")[0] == cli.INTERRUPTED
+    return tmp_path / "records.jsonl", tmp_path / "records.jsonl.partial"
+
+
+def test_another_plan_starts_anew_and_keeps_what_was_measured(interrupted, invoke):
+    path, partial = interrupted
+    left = partial.read_text().splitlines()[1:]
+    assert left
+    code, _, errors = invoke("run", *GRID, "--no-twins", "--metrics", "cosine", "--time", "0.2")
+    assert (code, "going on" in errors) == (0, False)
+    records = read_records(path)
+    assert [record.to_json() for record in records[: len(left)]] == left
+    assert [record.metric for record in records if record.complete] == ["cosine", "cosine"]
+    assert not partial.exists()
+
+
+def test_fresh_starts_anew(interrupted, invoke):
+    path, _ = interrupted
+    code, _, errors = invoke("run", *GRID, "--no-twins", "--fresh")
+    assert (code, "going on" in errors) == (0, False)
+    runs = [record.run for record in read_records(path)]
+    assert len(set(runs)) == 2
+    assert len(runs) > 4
+
+
+def test_a_file_of_something_else_is_not_appended_to(invoke, tmp_path):
+    (tmp_path / "notes.txt").write_text("my notes\n")
+    code, _, errors = invoke("run", *GRID[:-1], "notes.txt")
+    assert code == cli.INVALID
+    assert "notes.txt line 1 is not a knnbench record" in errors
+    assert (tmp_path / "notes.txt").read_text() == "my notes\n"
+
+
+def test_a_full_disk_loses_nothing(invoke, monkeypatch):
+    def full(path, record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("knnbench.measure.journal.append_record", full)
+    code, shown, errors = invoke("run", *GRID[:-4], "--time", "0.2", "--metrics", "cosine", "--no-twins")
+    assert code == cli.FAILED
+    assert "No space left on device; they were printed" in " ".join(errors.split())
+    records = [json.loads(line) for line in shown.splitlines() if line.startswith("{")]
+    assert [record["metric"] for record in records]
+    assert "Traceback" not in errors
+
+
+def test_compare_exits_with_one_on_a_regression(invoke, tmp_path):
+    def saved(name, factor, **fields):
+        times = [factor * (1 + 0.001 * i) for i in range(12)]
+        append_record(tmp_path / name, replace(FIRST, phases={"call": times}, **fields))
+
+    saved("a.jsonl", 1.0)
+    saved("b.jsonl", 2.0)
+    code, shown, _ = invoke("compare", "a.jsonl", "b.jsonl")
+    assert code == cli.FAILED
+    assert "slower" in shown
+    code, shown, _ = invoke("compare", "b.jsonl", "a.jsonl")
+    assert code == 0
+    assert "faster" in shown
+    saved(cli.OUTPUT.name, 1.0)
+    saved(cli.OUTPUT.name, 3.0, backend="scipy")
+    assert invoke("compare", "backend=numpy", "backend=scipy")[0] == cli.FAILED
+    code, _, errors = invoke("compare", "a.jsonl", "nowhere.jsonl")
+    assert code == cli.INVALID
+    assert "nowhere.jsonl" in errors
+
+
+def test_machine_shows_what_it_is_and_what_it_can_do(invoke):
+    code, shown, _ = invoke("machine", "--probes", "gemm-float32", "--threads", "1")
+    assert code == 0
+    assert machine.describe_machine()["cpu"] in shown
+    assert "gemm-float32" in shown
+    assert "G" in shown
+    code, shown, _ = invoke("machine", "--probes", "gemm-float32,cuda-read", "--json")
+    found = json.loads(shown)["ceilings"]
+    assert found["gemm-float32"]["rate"] > 1e8
+    assert found["cuda-read"]["rate"] or found["cuda-read"]["reason"]
+    code, _, errors = invoke("machine", "--probes", "nope")
+    assert code == cli.INVALID
+    assert "probe 'nope' is unknown" in errors
+
+
+def test_export_asv_says_what_it_leaves_out(invoke, tmp_path):
+    append_record(tmp_path / "a.jsonl", FIRST)
+    append_record(tmp_path / "a.jsonl", SECOND)
+    code, _, errors = invoke("export-asv", "a.jsonl")
+    assert code == cli.INVALID
+    assert "nothing was exported" in errors
 
 
 def test_without_a_command_it_runs(invoke, monkeypatch):

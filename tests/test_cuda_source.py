@@ -157,6 +157,9 @@ pairs = [(name, function, getattr(cupy, name)) for name, function in fake_cupy.F
 pairs += [(name, method, getattr(cupy.ndarray, name)) for name, method in vars(fake_cupy.ndarray).items()
           if inspect.isfunction(method) and not name.startswith("_")]
 pairs += [("RawModule", fake_cupy.RawModule, cupy.RawModule)]
+pairs += [(name, method, getattr(getattr(cupy.cuda, kind), name)) for kind in ("Event", "MemoryPool")
+          for name, method in vars(getattr(fake_cupy, kind)).items() if inspect.isfunction(method)]
+pairs += [("get_elapsed_time", fake_cupy.get_elapsed_time, cupy.cuda.get_elapsed_time)]
 for name, fake, real in pairs:
     if not set(parameters(fake)) <= set(parameters(real)):
         wrong.add(f"{name}{parameters(fake)} for {parameters(real)}")

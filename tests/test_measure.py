@@ -1,17 +1,21 @@
 """The runner, on backends that misbehave in every way it claims to survive; the record; the timer; the reference."""
 
+import itertools
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from knnbench import measure
-from knnbench.backends import ENTRY_POINTS, backend_status, registry
-from knnbench.errors import InvalidInputError
-from knnbench.measure import machine, memory, process, reference, runner, timer, worker
+from knnbench import measure, results
+from knnbench.backends import ENTRY_POINTS, backend_status, get_backend, registry
+from knnbench.measure import ceilings, contention, machine, memory, process, reference, runner, timer, worker
 
 MISBEHAVING = """
 import os, signal, sys, time
@@ -28,10 +32,25 @@ class Good(NumpyBackend):
     def misbehave(self, space): print("a line on standard output")
     def spoil(self, values, indices): return values, indices
 
+class Sleeps(Good):
+    def misbehave(self, space): time.sleep(0.03)
+
 class Segfault(Good):
     def misbehave(self, space):
         if space.metric.name == "cityblock":
             os.kill(os.getpid(), signal.SIGSEGV)
+
+class CrashesLater(Good):
+    # Between turns a worker waits; the third wait in calls of full size is that before the third turn.
+    ended, waits = None, 0
+    def knn(self, queries, prepared, k, space, budget):
+        if len(queries) > 5 and self.ended and time.monotonic() - self.ended > 0.015:
+            CrashesLater.waits += 1
+            if CrashesLater.waits == 3:
+                os._exit(3)
+        answer = NumpyBackend.knn(self, queries, prepared, k, space, budget)
+        CrashesLater.ended = time.monotonic() if len(queries) > 5 else None
+        return answer
 
 class Exit(Good):
     def misbehave(self, space):
@@ -62,20 +81,35 @@ class WrongOrder(Good):
 
 class SameNeighbour(Good):
     def spoil(self, values, indices): return values, np.zeros_like(indices)
+
+class Remembers(Good):
+    # As a library that keeps answers by the address of the queries.
+    answers = {}
+    def knn(self, queries, prepared, k, space, budget):
+        key = queries.ctypes.data, len(queries), len(prepared.rows), k
+        if key not in self.answers:
+            self.answers[key] = NumpyBackend.knn(self, queries, prepared, k, space, budget)
+        values, indices = self.answers[key]
+        return values.copy(), indices.copy()
+    def pairwise(self, queries, prepared, space, budget):
+        return 2 * NumpyBackend.pairwise(self, queries, prepared, space, budget)
+
+class Impossible(Good):
+    def operations(self, space, op): return {"fma-float32": 1e9, "not-a-probe": 1.0}
 """
-NAMES = (
-    "Good",
-    "Segfault",
-    "Exit",
-    "ExitsWell",
-    "Killed",
-    "Hang",
-    "Raises",
-    "NoMemory",
-    "WrongDistance",
-    "WrongOrder",
-    "SameNeighbour",
-)
+MEASURED_RUN = ceilings.Ceilings._run
+NAMES = [line.split("(")[0].removeprefix("class ") for line in MISBEHAVING.splitlines() if line.startswith("class ")]
+
+
+def fake_run(rates):
+    """Return a measurement of ceilings that gives these rates, one after the other."""
+
+    def _run(self, names):
+        for name in names:
+            self._rates[name] = next(rates)
+            yield
+
+    return _run
 
 
 @pytest.fixture
@@ -90,38 +124,66 @@ def misbehaving(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     registry.cache_clear()
+    # Measuring a real one takes a process with numba each time.
+    monkeypatch.setattr(ceilings.Ceilings, "_run", fake_run(itertools.repeat(1e12)))
     yield
     registry.cache_clear()
     sys.modules.pop("misbehaving", None)
 
 
-def cells(name, metrics=("euclidean",), **options):
-    plan = measure.Plan(
-        [name], list(metrics), "digits", {"n_train": 300, "n_test": 40}, case_s=0.05, threads=1, **options
+def plan_of(*names, metrics=("euclidean",), ops=("knn",), case_s=0.05, n_queries=40, k=3, **options):
+    cases = measure.make_cases(
+        "digits", metrics, ops=ops, k=k, n_queries=n_queries, options={"n_train": 300, "n_test": 40}
     )
-    return list(measure.measure(plan))
+    return measure.Plan(names, cases, case_s=case_s, threads=1, twins=False, **options)
 
 
-def test_a_good_backend_is_measured_and_checked(misbehaving):
+def run(plan, earlier=()):
+    return [record for update in measure.measure(plan, earlier) for record in update.records if record.complete]
+
+
+def cells(*names, **options):
+    return run(plan_of(*names, **options))
+
+
+def test_a_good_backend_is_measured_and_checked(misbehaving, monkeypatch):
+    monkeypatch.setattr(ceilings.Ceilings, "_run", MEASURED_RUN)
     (cell,) = cells("good", n_queries=30, k=5)
     assert (cell.status, cell.reason) == ("ok", "")
-    assert (cell.n_queries, cell.n_corpus, cell.n_features, cell.k) == (30, 300, 64, 5)
-    assert not cell.sampled
-    assert len(cell.times_s) >= timer.LEAST_REPEATS
-    assert cell.low_s <= cell.median_s <= cell.high_s
+    assert cell.case == "knn/euclidean/digits/uint8/30x300x64/k5"
+    assert (cell.measured_queries, cell.measured_corpus) == (30, 300)
+    assert not cell.is_sampled
+    assert len(cell.times_s) >= runner.LEAST_TIMES
+    assert cell.interval_s[0] <= cell.median_s <= cell.interval_s[1]
     assert cell.error < 1e-6
     assert cell.recall == 1.0
-    assert cell.n_checked == runner.CHECKED_QUERIES
+    assert cell.n_checked == 2 * worker.CHECKED_QUERIES
     assert cell.library == "1.5"
     assert cell.threads == 1
+    assert {pool["threads"] for pool in cell.blas} == {1}
+    assert cell.libraries["numpy"] == np.__version__
     assert not cell.peer
-    assert min(cell.import_s, cell.prepare_s, cell.first_call_s) > 0
+    assert not cell.twin
+    assert cell.phases.keys() == {"import", "prepare", "first_call", "call"}
+    assert min(cell.phase_s(name) for name in cell.phases) > 0
     assert cell.seconds_per_pair == pytest.approx(cell.median_s / (30 * 300 * 64))
+    assert (cell.bound, cell.floor_s > 0) == ("fma-float32", True)
+    assert 0 < cell.fraction_of_floor < 1
+
+
+def test_distances_of_all_pairs_are_measured_and_checked(misbehaving):
+    cell, remembers = cells("good", "remembers", ops=["pairwise"], metrics=["cityblock"])
+    if cell.backend != "good":
+        cell, remembers = remembers, cell
+    assert (cell.status, cell.k, cell.recall, cell.error) == ("ok", None, None, 0)
+    assert cell.case == "pairwise/cityblock/digits/uint8/40x300x64"
+    assert remembers.status == "wrong"
 
 
 @pytest.mark.parametrize(
     ("name", "status", "reason"),
     [
+        ("sleeps", "ok", ""),
         ("exit", "crashed", "exit code 7: something broke"),
         ("exitswell", "crashed", "before its answer"),
         ("killed", "out-of-memory", "SIGKILL"),
@@ -130,6 +192,9 @@ def test_a_good_backend_is_measured_and_checked(misbehaving):
         ("wrongdistance", "wrong", "distances are off by"),
         ("wrongorder", "wrong", "total order"),
         ("sameneighbour", "wrong", "among the nearest"),
+        ("remembers", "wrong", "after the timed calls, for changed queries"),
+        ("impossible", "impossible", "measured 3 times"),
+        ("crasheslater", "crashed", "exit code 3"),
         ("cupy", "absent", "To use it: pip install"),
         ("notebook", "unsupported", "lacks metric 'chebyshev'"),
     ],
@@ -137,18 +202,31 @@ def test_a_good_backend_is_measured_and_checked(misbehaving):
 def test_what_goes_wrong_becomes_a_status_with_its_reason(misbehaving, name, status, reason):
     if name == "cupy" and backend_status("cupy").ok:
         pytest.skip("cupy works here")
-    (cell,) = cells(name, ["chebyshev" if name == "notebook" else "euclidean"])
+    (cell,) = cells(name, metrics=["chebyshev" if name == "notebook" else "euclidean"], case_s=0.2)
     assert cell.status == status
     assert reason in cell.reason
     assert "\n" not in cell.reason
 
 
-def test_a_crash_loses_no_other_metric(misbehaving):
-    first, crashed, last = cells("segfault", ["euclidean", "cityblock", "sqeuclidean"])
-    assert (first.status, first.metric) == ("ok", "euclidean")
-    assert (crashed.status, crashed.metric) == ("crashed", "cityblock")
+def test_a_slow_backend_is_not_a_wrong_one(misbehaving):
+    (cell,) = cells("sleeps")
+    assert cell.median_s >= 0.03
+
+
+def test_a_crash_loses_no_other_case_and_no_other_backend(misbehaving):
+    metrics = ["euclidean", "cityblock", "sqeuclidean"]
+    found = {(cell.backend, cell.metric): cell for cell in cells("segfault", "good", metrics=metrics)}
+    assert len(found) == 6
+    crashed = found.pop(("segfault", "cityblock"))
+    assert crashed.status == "crashed"
     assert "SIGSEGV" in crashed.reason
-    assert (last.status, last.metric) == ("ok", "sqeuclidean")
+    assert {cell.status for cell in found.values()} == {"ok"}
+
+
+def test_what_a_backend_was_timed_at_before_it_crashed_is_kept(misbehaving):
+    (cell,) = cells("crasheslater", case_s=0.2)
+    assert cell.status == "crashed"
+    assert cell.times_s
 
 
 def test_a_backend_that_hangs_and_hears_no_signal_is_ended(misbehaving, monkeypatch):
@@ -158,15 +236,93 @@ def test_a_backend_that_hangs_and_hears_no_signal_is_ended(misbehaving, monkeypa
     assert cell.status == "timed-out"
 
 
-def test_closing_the_run_ends_the_worker(misbehaving):
-    import subprocess
+def workers():
+    found = subprocess.run(["pgrep", "-f", "knnbench.measure.worker"], capture_output=True, text=True, check=False)
+    return set(found.stdout.split())
 
-    before = subprocess.run(["pgrep", "-fc", "knnbench.measure.worker"], capture_output=True, text=True, check=False)
-    run = measure.measure(measure.Plan(["good"], ["euclidean", "cityblock"], "digits", case_s=0.05, threads=1))
-    next(run)
-    run.close()
-    after = subprocess.run(["pgrep", "-fc", "knnbench.measure.worker"], capture_output=True, text=True, check=False)
-    assert after.stdout == before.stdout
+
+def test_closing_the_run_ends_the_workers(misbehaving):
+    before = workers()
+    going = measure.measure(plan_of("good", "numpy", metrics=["euclidean", "cityblock"]))
+    while not any(update.records for update in [next(going)]):
+        pass
+    assert len(workers() - before) == 2
+    going.close()
+    assert workers() <= before
+
+
+def test_a_worker_ends_with_its_parent(misbehaving, tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("only Linux ends a process with its parent")
+    before = workers()
+    script = (
+        "import tests.test_measure as t; from knnbench import measure\n"
+        "for update in measure.measure(t.plan_of('hang')): print(update.running, flush=True)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    for line in parent.stdout:
+        if "preparing" in line:
+            break
+    deadline = time.monotonic() + 30
+    while not workers() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)  # long enough for the worker to have asked the kernel
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    while workers() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert workers() <= before
+
+
+def test_backends_take_turns_in_an_order_that_the_seed_decides(misbehaving):
+    def turns(seed):
+        going = [
+            update.running for update in measure.measure(plan_of("good", "numpy", "sleeps", seed=seed, case_s=0.3))
+        ]
+        return [line.split(": ")[1] for line in going if ", round " in line]
+
+    first = turns(0)
+    by_round = [{line.split(",")[0] for line in first if line.endswith(f"round {i}")} for i in (1, 2, 3)]
+    assert by_round == [{"good", "numpy", "sleeps"}] * 3
+    assert turns(0)[:9] == first[:9]
+    assert turns(1)[:9] != first[:9]
+
+
+def test_the_fastest_is_measured_in_two_processes(misbehaving):
+    plan = plan_of("good", "sleeps", "python")
+    found = run(measure.Plan(plan.backends, plan.cases, plan.case_s, threads=1, twins=True))
+    assert sorted((cell.backend, cell.twin) for cell in found) == [
+        ("good", False), ("good", True), ("python", False), ("sleeps", False),
+    ]  # fmt: skip
+    same = [cell for cell in found if cell.backend == "good"]
+    assert same[0].measured_queries == same[1].measured_queries
+    assert len({cell.run for cell in found}) == 1
+
+
+def test_a_run_goes_on_from_what_it_has(misbehaving):
+    plan = plan_of("good", "sleeps", metrics=["euclidean", "cityblock"], case_s=0.5)
+    seen, left = [], []
+    for update in (going := measure.measure(plan)):
+        seen += [record for record in update.records if record.complete]
+        left = [record for record in update.records if record.times_s]
+        if len(seen) == 2 and left and not left[0].complete:
+            break  # in the middle of the second case
+    going.close()
+    partial = {record.backend: record for record in left}
+    assert partial
+    later = run(plan, [*seen, *partial.values()])
+    assert len(later) == 2
+    assert {(cell.case, cell.backend) for cell in (*seen, *later)} == {
+        (case.name, name) for case in plan.cases for name in plan.backends
+    }
+    for cell in later:
+        before = partial[cell.backend]
+        assert cell.times_s[: len(before.times_s)] == before.times_s
+        assert len(cell.times_s) > len(before.times_s)
+        assert cell.measured_queries == before.measured_queries
+        assert len(cell.phases["import"]) == 2  # in two processes
+        assert (cell.run, cell.status, cell.n_checked) == (before.run, "ok", 16)
+    assert run(plan, [*seen, *later]) == []
 
 
 def test_threads_are_pinned_before_numpy_is_loaded(tmp_path, monkeypatch):
@@ -183,43 +339,19 @@ def test_threads_are_pinned_before_numpy_is_loaded(tmp_path, monkeypatch):
     assert set(message["threads"]) == {1}
 
 
-def test_records_survive_a_file_and_a_line_cut_short(tmp_path, misbehaving):
-    path = tmp_path / "records.jsonl"
-    made = cells("good", ["euclidean", "cityblock"])
-    for cell in made:
-        measure.append_record(path, cell)
-    assert list(measure.read_records(path)) == made
-    assert json.loads(path.read_text().splitlines()[0])["schema"] == 1
-    whole = path.read_text()
-    path.write_text(whole[:-20])  # a crash
-    assert list(measure.read_records(path)) == made[:1]
-    measure.append_record(path, made[1])  # and the next run
-    assert list(measure.read_records(path)) == made
-    path.write_text("nonsense\n" + whole)
-    with pytest.raises(InvalidInputError, match="line 1 is not"):
-        list(measure.read_records(path))
-
-
-def test_a_later_schema_is_refused_and_a_later_field_is_not(tmp_path, misbehaving):
-    path = tmp_path / "records.jsonl"
-    (made,) = cells("good")
-    data = json.loads(made.to_json())
-    path.write_text(json.dumps({**data, "added_later": 1}) + "\n")
-    assert list(measure.read_records(path)) == [made]
-    path.write_text(json.dumps({**data, "schema": 2}) + "\n")
-    with pytest.raises(InvalidInputError, match="schema version 2"):
-        list(measure.read_records(path))
-
-
 def test_every_status_is_documented():
-    assert set(measure.STATUSES) == {
-        "ok", "absent", "unsupported", "wrong", "over-budget", "out-of-memory", "crashed", "timed-out",
+    assert set(results.STATUSES) == {
+        "ok", "absent", "unsupported", "wrong", "impossible", "over-budget", "out-of-memory", "crashed", "timed-out",
     }  # fmt: skip
+
+
+def test_the_interval_of_very_many_times():
+    assert results.median_interval([1.0, 2.0] * 2000) == (1.5, 1.0, 2.0)
 
 
 @pytest.mark.parametrize("n", [3, 5, 6, 8, 9, 20, 100])
 def test_the_interval_of_the_median_covers_it_as_often_as_it_says(n):
-    _, low, high = timer.median_interval([float(i) for i in range(n)])
+    _, low, high = results.median_interval([float(i) for i in range(n)])
     outside = sum(math.comb(n, i) for i in range(int(low) + 1)) / 2**n * 2
     if n < 6:
         assert (low, high) == (0.0, n - 1.0)
@@ -227,15 +359,73 @@ def test_the_interval_of_the_median_covers_it_as_often_as_it_says(n):
         assert outside <= 0.05 < outside + 2 * math.comb(n, int(low) + 1) / 2**n
 
 
-def test_repeats_fill_the_time_and_are_never_fewer_than_three():
-    assert len(timer.timed_repeats(lambda: None, lambda: None, 0.0)) == timer.LEAST_REPEATS
-    assert len(timer.timed_repeats(lambda: None, lambda: None, 1.0)) == timer.MOST_REPEATS
+def test_a_median_is_tight_when_its_interval_is(rng):
+    assert timer.is_tight([1.0] * timer.TIGHT_REPEATS)
+    assert not timer.is_tight([1.0] * (timer.TIGHT_REPEATS - 1))
+    assert timer.is_tight(list(1 + 0.001 * rng.random(50)))
+    assert not timer.is_tight(list(1 + 0.5 * rng.random(50)))
 
 
 def test_the_device_is_waited_for_before_and_after_the_clock():
     calls = []
-    timer.timed(lambda: calls.append("work"), lambda: calls.append("wait"))
-    assert calls == ["wait", "work", "wait"]
+
+    class Device:
+        def synchronize(self):
+            calls.append("wait")
+
+        def stopwatch(self):
+            calls.append("start")
+            return lambda: calls.append("stop") or 0.5
+
+    seconds, device_s, answer = timer.timed(lambda: calls.append("work") or "answer", Device())
+    assert calls == ["wait", "start", "work", "stop", "wait"]
+    assert (device_s, answer) == (0.5, "answer")
+    assert seconds > 0
+    assert timer.timed(lambda: None, get_backend("numpy"))[1] is None
+
+
+def test_a_process_settles_when_its_threads_have_stopped(monkeypatch):
+    looks = []
+    # 5 ms of CPU time in each of three looks, as a thread that spins; then none.
+    monkeypatch.setattr(timer.time, "process_time", lambda: looks.append(1) or min(len(looks) // 2, 3) * 0.005)
+    monkeypatch.setattr(timer.time, "sleep", lambda seconds: None)
+    timer.settle()
+    assert len(looks) > 6
+
+
+def test_what_others_take_is_contention_and_what_is_left_free_is_not(monkeypatch):
+    def meter(threads, cpus, busy_s, own_s):
+        readings = iter([(0.0, 0.0, 0.0), (10.0, busy_s, own_s)])
+        monkeypatch.setattr(contention, "available_cpus", lambda: cpus)
+        monkeypatch.setattr(contention, "_now", lambda: next(readings))
+        found = contention.CpuMeter(threads)
+        with found:
+            pass
+        return found.contention
+
+    assert contention.CpuMeter(1).contention is None
+    if not contention._STAT.exists():
+        pytest.skip("this system does not tell what others take")
+    assert meter(2, 2, 20.0, 20.0) == 0
+    assert meter(2, 2, 20.0, 15.0) == pytest.approx(0.25)
+    assert meter(2, 8, 40.0, 20.0) == 0
+    assert meter(2, 4, 40.0, 10.0) == pytest.approx(0.5)
+
+
+def test_a_process_beside_is_seen():
+    if not contention._STAT.exists():
+        pytest.skip("this system does not tell what others take")
+    burn = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"
+    beside = subprocess.Popen([sys.executable, "-c", burn])
+    try:
+        time.sleep(0.2)
+        meter = contention.CpuMeter(contention.available_cpus())
+        with meter:
+            time.sleep(0.5)
+        assert meter.contention > 0.3 / contention.available_cpus()
+    finally:
+        beside.kill()
+        beside.wait()
 
 
 def test_the_check_of_answers_finds_planted_faults(rng):
@@ -253,6 +443,18 @@ def test_the_check_of_answers_finds_planted_faults(rng):
     assert "among the nearest" in reason(nearest, order * 0 - 1)
     assert "among the nearest" in reason(nearest, order * 0 + 50)
     assert "total order" in reason(nearest, order[:, ::-1])
+
+
+def test_the_check_of_distances_finds_planted_faults(rng):
+    values = np.floor(100 * rng.random((4, 50)))
+    assert reference.check_distances(values, values, exact=True).reason == ""
+    assert "off by up to 1" in reference.check_distances(values + np.eye(4, 50), values * 1.0, exact=True).reason or (
+        "of the largest" in reference.check_distances(values + np.eye(4, 50), values, exact=True).reason
+    )
+    assert reference.check_distances(values * 1.001, values, exact=False).reason == ""
+    assert "off by" in reference.check_distances(values * 1.001, values, exact=True).reason
+    assert "of the largest" in reference.check_distances(values * 1.1, values, exact=False).reason
+    assert "of the largest" in reference.check_distances(values * np.nan, values, exact=False).reason
 
 
 def test_a_tie_with_the_kth_counts_as_found():
@@ -279,9 +481,27 @@ def test_the_machine_is_described_in_json():
 
 def test_slow_backends_are_measured_on_fewer_rows(monkeypatch):
     monkeypatch.setattr(worker, "LEAST_CORPUS", 100)
-    rows = np.random.default_rng(0).integers(0, 256, (3000, 64), dtype=np.uint8)
-    path_of = {}
-    job = worker.Job("python", ["cityblock"], "", {}, "", 3, 1000, 0.05, path_of)
-    case = worker._Case(job, "cityblock", rows[:1000], rows)
-    assert case.corpus_rows(pairs_per_s=10_000.0) == 100
-    assert case.corpus_rows(pairs_per_s=1e9) == 3000
+    (case,) = measure.make_cases("synthetic", ["cityblock"], options={"n_train": 3000, "n_test": 1000})
+    slow = worker._Case("python", worker.Opening(case, 0.05, "", ""))
+    assert slow.corpus_rows(pairs_per_s=10_000.0) == 100
+    assert slow.corpus_rows(pairs_per_s=1e9) == 3000
+
+
+def test_a_ceiling_that_was_measured_too_low_makes_nothing_impossible(misbehaving, monkeypatch):
+    rates = iter([1.0, 2.0, 1e15])
+    monkeypatch.setattr(ceilings.Ceilings, "_run", fake_run(rates))
+    (cell,) = cells("good")
+    assert cell.status == "ok"
+    assert next(rates, None) is None
+
+
+def test_a_contended_ceiling_makes_nothing_impossible(misbehaving, monkeypatch):
+    plain = ceilings.Ceilings.measure
+
+    def contended(self, names=None):
+        return (replace(ceiling, contention=0.4) for ceiling in plain(self, names))
+
+    monkeypatch.setattr(ceilings.Ceilings, "measure", contended)
+    (cell,) = cells("impossible")
+    assert cell.status == "ok"
+    assert cell.fraction_of_floor > 1

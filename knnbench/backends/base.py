@@ -1,12 +1,13 @@
 """What a backend is: the abstract classes that every backend implements.
 
 A class here is abstract or final: a backend implements what is abstract and overrides nothing, except
-that one with a better `Backend.linear_loss` may bring its own. Which backends exist, and whether they
+that one with a better `Backend.linear_loss` may bring its own, and that one may tell more of itself for
+measuring: `Backend.operations`, `Backend.stopwatch`, `Backend.device_peak`. Which backends exist, and whether they
 work here, is the business of `knnbench.backends`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +27,7 @@ __all__ = [
     "Native",
     "PeerSearch",
     "Scan",
+    "float_operations",
     "scan_rows",
 ]
 
@@ -142,6 +144,28 @@ class Backend(ABC):
     def finish(self, ranked: Native, space: Space) -> Native:
         """Return the distances, of `space.output`, of the values that `knn` ranked."""
 
+    def operations(self, space: Space, op: str) -> dict[str, float]:
+        """Return the operations that ``"knn"`` or ``"pairwise"`` does for each feature of each pair, at the least.
+
+        They are named as in `knnbench.measure.ceilings`, which knows how many a second the machine can do; the
+        default tells none.
+        """
+        return {}
+
+    def stopwatch(self) -> Callable[[], float | None]:
+        """Start the device's own clock; what is returned stops it and gives the seconds.
+
+        The default, for the CPU, gives None: its clock is the host's.
+        """
+        return lambda: None
+
+    def device_peak(self) -> Callable[[], int | None]:
+        """Forget the peak of device memory; what is returned gives the bytes by which it rose since.
+
+        The default, for the CPU or where it cannot be told, gives None.
+        """
+        return lambda: None
+
     def linear_loss(self, X: Array, y: Array, W: Array, b: Array) -> Array:
         """Return the summed cross-entropy of a batch of linear models over all samples.
 
@@ -244,6 +268,10 @@ class PeerSearch(Backend):
         """Return `ranked`: a peer answers in distances."""
         return ranked
 
+    def operations(self, space: Space, op: str) -> dict[str, float]:
+        """Return what any exhaustive search in floats does at the least."""
+        return float_operations(self.capabilities.device, space, product=True)
+
     def _query_blocks(self, n_queries: int, n_corpus: int, k: int, space: Space, budget: int) -> Iterator[slice]:
         per_query, per_call = self.held_bytes(n_queries, n_corpus, k, space)
         step = (budget - per_call) // per_query
@@ -272,6 +300,13 @@ class HostPeer(HostArrays, PeerSearch):
     def empty_rows(self, n_rows: int, like: Native) -> Native:
         """Return a numpy array."""
         return np.empty((n_rows, *like.shape[1:]), like.dtype)
+
+
+def float_operations(device: str, space: Space, *, product: bool, dtype: str = "") -> dict[str, float]:
+    """Return `Space.operations` on a device, in `dtype`: if not given, the rows' own, or float32 for uint8."""
+    own = "float32" if space.is_integer else str(space.dtype)
+    prefix = "" if device == "cpu" else f"{device}-"
+    return {prefix + name: count for name, count in space.operations(dtype or own, product=product).items()}
 
 
 def scan_rows(xp: Any, rows: Native, *, finite: bool, zero: bool, dtype: np.dtype[Any] | None = None) -> Scan:

@@ -26,7 +26,7 @@ from knnbench.blocking import MAX_CORPUS, MAX_QUERIES, block_shape, slices
 from knnbench.metrics import Space
 from knnbench.ordering import Selection, order_rows
 
-from .base import Backend, Native
+from .base import Backend, Native, float_operations
 
 __all__ = ["BlockCorpus", "BlockSearch", "Blocks", "BlockwiseBackend"]
 
@@ -173,6 +173,12 @@ class BlockSearch(Backend):
                     found = self._mend_neighbors(*found, k, block, prepared, blocks, space)
                 ranked[rows], indices[rows] = found
         return ranked, indices
+
+    def operations(self, space: Space, op: str) -> dict[str, float]:
+        """Return those of the products, or of the direct form on floats."""
+        if space.is_integer and space.form.from_dot is None:
+            return {}  # in a unit that is each backend's own
+        return float_operations(self.capabilities.device, space, product=True)
 
     def _take_queries(self, queries: Native, prepared: BlockCorpus, space: Space) -> BlockCorpus:
         return self._take(self._prepared_rows(queries, space), prepared.centre, space)

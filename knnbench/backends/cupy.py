@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import cupy
@@ -69,6 +70,25 @@ class CupyBackend(BlockwiseBackend):
         is_rounded = space.is_integer and not space.form.keeps_integers
         wide = ranked.astype(np.float64) if is_rounded else ranked
         return space.form.finish(cupy, wide).astype(space.output, copy=False)
+
+    def stopwatch(self) -> Callable[[], float | None]:
+        """Record an event on the current stream, and another at the stop."""
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+
+        def stop() -> float | None:
+            end.record()
+            end.synchronize()
+            return float(cupy.cuda.get_elapsed_time(start, end)) * 1e-3
+
+        return stop
+
+    def device_peak(self) -> Callable[[], int | None]:
+        """Empty the memory pool: what it then takes from the device it keeps, so that its size is its peak."""
+        pool = cupy.get_default_memory_pool()
+        pool.free_all_blocks()
+        before = pool.total_bytes()
+        return lambda: int(pool.total_bytes() - before)
 
     def direct_block(self, queries: Native, corpus: Native, space: Space) -> Native:
         """Return the accumulated values of all pairs, by the CUDA kernel."""

@@ -13,7 +13,7 @@ from knnbench.kernels.cpu_tiles import no_norms, tile_kernels
 from knnbench.metrics import Space
 from knnbench.threads import thread_count
 
-from .base import Capabilities, HostBackend, Native
+from .base import Capabilities, HostBackend, Native, float_operations
 
 __all__ = ["NumbaBackend"]
 
@@ -82,6 +82,10 @@ class NumbaBackend(HostBackend):
         )
         run_tasks(task, len(queries), step, threads)
         return values, indices
+
+    def operations(self, space: Space, op: str) -> dict[str, float]:
+        """Return those of the direct form on floats; of integers, what the compiler makes of them is not known."""
+        return {} if space.is_integer else float_operations("cpu", space, product=False)
 
 
 def query_bytes(space: Space) -> int:

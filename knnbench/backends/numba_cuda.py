@@ -1,5 +1,6 @@
 """numba on a CUDA device: kernels compiled from the metrics' own scalar functions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from knnbench.kernels.cuda_tiles import launch_rows, launch_tile
 from knnbench.metrics import Space
 from knnbench.ordering import largest
 
-from .base import Backend, Capabilities, Native, Scan
+from .base import Backend, Capabilities, Native, Scan, float_operations
 
 __all__ = ["NumbaCudaBackend"]
 
@@ -123,6 +124,22 @@ class NumbaCudaBackend(Backend):
         distances = cuda.device_array(ranked.shape, space.output)
         launch_rows(cuda_tiles.finish_values(space), ranked.size, ranked, distances)
         return distances
+
+    def operations(self, space: Space, op: str) -> dict[str, float]:
+        """Return those of the direct form on floats."""
+        return {} if space.is_integer else float_operations("cuda", space, product=False)
+
+    def stopwatch(self) -> Callable[[], float | None]:
+        """Record an event on the default stream, on which everything runs, and another at the stop."""
+        start, end = cuda.event(), cuda.event()
+        start.record()
+
+        def stop() -> float | None:
+            end.record()
+            end.synchronize()
+            return float(cuda.event_elapsed_time(start, end)) * 1e-3
+
+        return stop
 
     def _workspace(self, n_rows: int, space: Space) -> TileRows:
         """Return room for what `_take` makes of as many rows."""

@@ -8,7 +8,7 @@ from scipy.spatial.distance import cdist
 from knnbench.dtypes import Array
 from knnbench.metrics import Space
 
-from .base import Capabilities, HostPeer, Native
+from .base import Capabilities, HostPeer, Native, float_operations
 
 __all__ = ["ScipyBackend"]
 
@@ -43,3 +43,7 @@ class ScipyBackend(HostPeer):
         order = np.argsort(np.take_along_axis(values, nearest, axis=1), axis=1)
         indices = np.take_along_axis(nearest, order, axis=1)
         return np.take_along_axis(values, indices, axis=1), indices.astype(np.int64, copy=False)
+
+    def operations(self, space: Space, op: str) -> dict[str, float]:
+        """Return those of the direct form in float64, and for cosine of a dot product."""
+        return float_operations("cpu", space, product=space.metric.unit_rows, dtype="float64")

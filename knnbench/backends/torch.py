@@ -174,6 +174,28 @@ class TorchArrays(Backend):
         if self.capabilities.device == "cuda":
             torch.cuda.synchronize()
 
+    def stopwatch(self) -> Callable[[], float | None]:
+        """Record an event on the current stream of a CUDA device, and another at the stop."""
+        if self.capabilities.device == "cpu":
+            return lambda: None
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+
+        def stop() -> float | None:
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) * 1e-3
+
+        return stop
+
+    def device_peak(self) -> Callable[[], int | None]:
+        """Let torch's allocator forget its peak."""
+        if self.capabilities.device == "cpu":
+            return lambda: None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return lambda: int(torch.cuda.max_memory_allocated() - before)
+
     def scan(self, native: Native, *, finite: bool, zero: bool) -> Scan:
         """Look through the rows in chunks."""
         finite = finite and native.is_floating_point()

@@ -1,6 +1,7 @@
-"""Measuring: one process per backend, every answer checked, every cell recorded with its reason."""
+"""Measuring: a process for each backend, taking turns; every answer checked, every cell recorded with its reason."""
 
-from .record import SCHEMA_VERSION, STATUSES, Record, append_record, read_records
-from .runner import Plan, measure
+from .cases import OPS, Case, make_cases
+from .journal import Journal
+from .runner import Plan, Update, measure
 
-__all__ = ["SCHEMA_VERSION", "STATUSES", "Plan", "Record", "append_record", "measure", "read_records"]
+__all__ = ["OPS", "Case", "Journal", "Plan", "Update", "make_cases", "measure"]

@@ -6,7 +6,7 @@ import numpy as np
 
 from knnbench.dtypes import Array
 
-__all__ = ["Verdict", "check_neighbors", "reference_distances"]
+__all__ = ["Verdict", "check_distances", "check_neighbors", "reference_distances"]
 
 # A peer's cancellation on ordinary data stays far below the first; a wrong algorithm far above it.
 LARGEST_ERROR = 1e-2
@@ -26,14 +26,15 @@ class Verdict:
     ----------
     error : float or None
         max |d - d_ref| / max d_ref; None where that is not finite.
-    recall : float
-        Share of the neighbours whose reference distance is at most the k-th, ties included.
+    recall : float or None
+        Share of the neighbours whose reference distance is at most the k-th, ties included; None for distances
+        without neighbours.
     reason : str
         Why the answer is wrong; empty if it is right.
     """
 
     error: float | None
-    recall: float
+    recall: float | None
     reason: str
 
 
@@ -83,11 +84,34 @@ def check_neighbors(distances: Array, indices: Array, reference: Array, *, same_
     found = np.take_along_axis(reference, np.where(inside, indices, 0), axis=1)
     repeated = np.diff(np.sort(indices, axis=1), axis=1, prepend=-1) == 0
     recall = float((inside & ~repeated & (found <= nearest[:, -1:] * (1 + TIE))).mean())
-    reason = ""
-    if not error <= LARGEST_ERROR:  # so that NaN is wrong
-        reason = f"distances are off by {error:.2g} of the largest; at most {LARGEST_ERROR:g} is allowed"
-    elif not recall >= LEAST_RECALL:
+    reason = _too_far(error)
+    if not reason and not recall >= LEAST_RECALL:
         reason = f"only {recall:.1%} of the neighbours are among the nearest"
-    elif same_order and not np.array_equal(indices, order):
+    if not reason and same_order and not np.array_equal(indices, order):
         reason = "the neighbours are not those of the total order (distance, index)"
     return Verdict(error if np.isfinite(error) else None, recall, reason)
+
+
+def check_distances(distances: Array, reference: Array, *, exact: bool) -> Verdict:
+    """Check distances of all pairs against reference distances.
+
+    Parameters
+    ----------
+    distances : (n, n_corpus) array
+        The answer.
+    reference : (n, n_corpus) array of float64
+    exact : bool
+        Whether they must be equal, as own backends' integers are.
+    """
+    difference = float(np.abs(distances.astype(np.float64) - reference).max())
+    error = difference / (float(reference.max()) or 1.0)
+    reason = _too_far(error)
+    if not reason and exact and difference:
+        reason = f"integer distances are off by up to {difference:g}"
+    return Verdict(error if np.isfinite(error) else None, None, reason)
+
+
+def _too_far(error: float) -> str:
+    if error <= LARGEST_ERROR:  # false for NaN
+        return ""
+    return f"distances are off by {error:.2g} of the largest; at most {LARGEST_ERROR:g} is allowed"

@@ -1,8 +1,14 @@
-"""Running a plan: one process for each backend, so that none disturbs, starves or takes down another."""
+"""Running a plan: a process for each backend, taking turns, so that none disturbs, starves or takes down another.
 
+The processes of all backends live side by side, and only one computes at a time. Each case is measured in
+rounds: in every round every backend has a turn, in an order shuffled anew, so that whatever the machine
+does meanwhile, getting warm or being shared, meets all of them, and ratios hold.
+"""
+
+import random
 import tempfile
-from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,22 +17,37 @@ import numpy as np
 
 import knnbench
 from knnbench.backends import registry, version_of
+from knnbench.measure.cases import Case
+from knnbench.measure.ceilings import PROBES, Ceilings, floor
+from knnbench.measure.contention import CONTENDED
 from knnbench.measure.machine import describe_machine, source_commit
-from knnbench.measure.process import WorkerEnded, run_worker
-from knnbench.measure.record import Record
+from knnbench.measure.process import Worker, WorkerEnded
 from knnbench.measure.reference import reference_distances
-from knnbench.measure.worker import Job, load_rows
+from knnbench.measure.timer import is_tight
+from knnbench.measure.worker import CHECKED_QUERIES, Opening
+from knnbench.results import Record
 from knnbench.threads import thread_count
 
-__all__ = ["Plan", "measure"]
+__all__ = ["Plan", "Update", "measure"]
 
-# Queries whose answers are checked, at the most.
-CHECKED_QUERIES = 8
+# Turns that the time of a case is divided into, of which every backend has some, so that the rounds interleave.
+TURNS = 5
+LEAST_TURNS = 3
+
+# Times so far from which the slowest backends get no more turns when their time is spent, and from which others
+# would only make a record longer.
+LEAST_TIMES = 3
+MOST_TIMES = 500
 
 # Seconds that an answer may take: so many times the time for a case, which finding its size can exceed, and more
 # for starting, importing, compiling, and loading and preparing the data.
 LIMIT_SHARE = 10
 GRACE_S = 120.0
+
+# How far above its ceiling a rate must be to be impossible, and how often the ceiling is measured again before: a
+# virtual machine whose two CPUs share a core for some seconds shows half of it.
+MARGIN = 1.25
+RETRIES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,93 +56,316 @@ class Plan:
 
     Attributes
     ----------
-    backends, metrics : list of str
-        Every one with every other.
-    dataset : str
-        For `knnbench.datasets.load`, with `options`.
-    dtype : str
-        Rows are converted to it; empty for the data's own.
-    k, n_queries : int
-        `n_queries` at the most: slower backends are measured on fewer, to stay within the time.
+    backends : sequence of str
+    cases : sequence of Case
+        Each on every backend.
     case_s : float
-        Seconds for each backend and metric, beyond starting and preparing.
+        Seconds for the calls of each backend on each case, beyond starting and preparing.
     threads : int
+    seed : int
+        Of the order of cases and turns.
+    twins : bool
+        Whether, for each case and device, the fastest backend is measured in two processes, whose difference
+        is the noise.
     """
 
-    backends: list[str]
-    metrics: list[str]
-    dataset: str
-    options: dict[str, Any] = field(default_factory=dict)
-    dtype: str = ""
-    k: int = 3
-    n_queries: int = 10_000
+    backends: Sequence[str]
+    cases: Sequence[Case]
     case_s: float = 3.0
     threads: int = field(default_factory=thread_count)
+    seed: int = 0
+    twins: bool = True
 
 
-def measure(plan: Plan) -> Generator[Record, None, None]:
-    """Measure a plan, yielding each cell as soon as it is known.
+@dataclass(frozen=True, slots=True)
+class Update:
+    """How far a run is.
+
+    Attributes
+    ----------
+    running : str
+        What comes next.
+    done : float
+        Share of the run that is over.
+    records : list of Record
+        What became known: cells that are complete, and cells as far as they are.
+    """
+
+    running: str
+    done: float
+    records: list[Record] = field(default_factory=list)
+
+
+def measure(plan: Plan, earlier: Iterable[Record] = ()) -> Generator[Update, None, None]:
+    """Measure a plan.
 
     Parameters
     ----------
     plan : Plan
+    earlier : iterable of Record
+        What an interrupted run of the same plan left: complete cells are not measured again, and others go on
+        from what they have.
 
     Yields
     ------
-    Record
-        For each backend, in the order of the plan, one for each metric. A backend that crashes or hangs gives
-        cells that say so, and the run goes on. Closing the iterator ends the process that is measuring.
+    Update
+        Before every turn. A backend that crashes or hangs gives cells that say so, and the run goes on. Closing
+        the iterator ends all processes.
     """
-    queries, corpus = load_rows(plan.dataset, plan.options, plan.dtype)
-    queries = queries[: plan.n_queries]
     with tempfile.TemporaryDirectory(prefix="knnbench-") as folder:
-        references = {}
-        for metric in plan.metrics:
-            references[metric] = str(Path(folder) / f"{metric}.npy")
-            np.save(references[metric], reference_distances(queries[:CHECKED_QUERIES], corpus, metric))
-        shared = {
-            "dataset": plan.dataset,
-            "k": plan.k,
-            "dtype": str(corpus.dtype),
-            "n_features": corpus.shape[1],
+        run = _Run(plan, list(earlier), Path(folder))
+        try:
+            yield from run.measure()
+        finally:
+            run.close()
+
+
+class _Seat:
+    """The process of one backend, started when it is first asked and again after it has died."""
+
+    def __init__(self, backend: str, threads: int, limit_s: float) -> None:
+        self.backend, self.device = backend, ""
+        self._threads, self._limit_s = threads, limit_s
+        self._worker: Worker | None = None
+        self._introduction: dict[str, Any] = {}
+
+    def introduction(self) -> dict[str, Any]:
+        """Return how the backend introduces itself, its process being there if it works."""
+        if self._worker is None and self._introduction.get("status") != "absent":
+            self._worker = Worker("knnbench.measure.worker", self._threads)
+            self._introduction = self.ask({"backend": self.backend})
+            self.device = self._introduction.get("device", "")
+            if self._introduction["status"] == "absent":
+                self.close()
+        return self._introduction
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to a request; of a process that ended, how."""
+        assert self._worker is not None
+        try:
+            return self._worker.ask(request, self._limit_s)
+        except WorkerEnded as ended:
+            self.close()
+            return {"status": ended.status, "reason": ended.reason}
+
+    def close(self) -> None:
+        """End the process."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+
+class _Cell:
+    """One backend on one case, while it is measured."""
+
+    def __init__(self, seat: _Seat, record: Record) -> None:
+        self.seat, self.record = seat, record
+        self.call_s, self.operations, self.turns = 0.0, dict[str, float](), 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether further calls are wanted."""
+        return not self.record.complete
+
+    def open(self, opening: Opening) -> None:
+        """Have the backend open the case; what keeps it from that completes the cell."""
+        introduction = self.seat.introduction()
+        if introduction["status"] != "ok":
+            self._complete(introduction)
+            return
+        answer = self.seat.ask({"open": asdict(opening)})
+        earlier = self.record.phases
+        phases = {"import": [introduction["import_s"]], **answer.pop("phases", {})}
+        answer["phases"] = {name: [*earlier.get(name, []), *samples] for name, samples in phases.items()}
+        if "call" in earlier:
+            answer["phases"]["call"] = earlier["call"]
+        self.call_s, self.operations = answer.pop("call_s", 0.0), answer.pop("operations", {})
+        if answer["status"] == "ok":
+            self.record = replace(self.record, **answer)
+        else:
+            self._complete(answer)
+
+    def take_turn(self, case_s: float) -> None:
+        """Time some calls; how the process ended, if it did, completes the cell."""
+        answer = self.seat.ask({"turn": case_s / TURNS})
+        if answer["status"] != "ok":
+            self._complete(answer)
+            return
+        self.turns += 1
+        times = [*self.record.times_s, *answer.pop("times_s")]
+        self.record = replace(self.record, **answer, phases={**self.record.phases, "call": times})
+
+    def has_enough(self, case_s: float) -> bool:
+        """Return whether further calls would say little, or the time is spent."""
+        times = self.record.times_s
+        if sum(times) >= case_s or len(times) >= MOST_TIMES:
+            return len(times) >= LEAST_TIMES
+        return self.turns >= LEAST_TURNS and is_tight(times)
+
+    def close(self) -> None:
+        """Have the backend close the case."""
+        self._complete(self.seat.ask({"close": {}}))
+
+    def judge(self, ceilings: Ceilings) -> None:
+        """Compare the rate with the ceilings of the machine."""
+        median_s = self.record.median_s
+        if self.record.status != "ok" or median_s is None:
+            return
+        counts = {name: count * self.record.pair_features for name, count in self.operations.items() if name in PROBES}
+        floor_s, bound = floor(counts, ceilings)
+        for _ in range(RETRIES):
+            if floor_s is None or median_s * MARGIN >= floor_s:
+                break
+            ceilings.again(bound)  # it may have been measured while the machine was busy
+            floor_s, bound = floor(counts, ceilings)
+        self.record = replace(self.record, floor_s=floor_s, bound=bound)
+        if floor_s is None or median_s * MARGIN >= floor_s:
+            return
+        (ceiling,) = ceilings.measure([bound])
+        if (ceiling.contention or 0.0) >= CONTENDED:  # then the ceiling itself is too low
+            return
+        reason = (
+            f"a call of {median_s:.3g} s would do {counts[bound] / median_s:.3g} {bound} a second; this machine does "
+            f"{counts[bound] / floor_s:.3g}, measured {1 + RETRIES} times"
+        )
+        self.record = replace(self.record, status="impossible", reason=reason)
+
+    def _complete(self, answer: dict[str, Any]) -> None:
+        self.record = replace(self.record, **_known(answer), complete=True)
+
+
+def _known(answer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in answer.items() if name in Record.__dataclass_fields__}
+
+
+class _Run:
+    def __init__(self, plan: Plan, earlier: list[Record], folder: Path) -> None:
+        self._plan, self._folder = plan, folder
+        self._random = random.Random(plan.seed)
+        self._earlier = {(record.case, record.backend, record.twin): record for record in earlier}
+        self._seats: dict[tuple[str, bool], _Seat] = {}
+        self._ceilings = Ceilings(plan.threads)
+        commit, dirty = source_commit()
+        started = datetime.now(UTC)
+        first = earlier[0] if earlier else None
+        self._shared: dict[str, Any] = {
             "threads": plan.threads,
             "version": knnbench.__version__,
-            "commit": source_commit(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit,
+            "dirty": dirty,
+            "run": first.run if first else f"{started:%Y%m%dT%H%M%S}-{self._random.getrandbits(24):06x}",
+            "started": first.started if first else started.isoformat(timespec="seconds"),
             "machine": describe_machine(),
         }
-        for backend in plan.backends:
-            own = {"backend": backend, "peer": registry()[backend].peer, "library": version_of(backend)}
-            for cell in _cells_of_backend(plan, backend, references):
-                shape = {"n_queries": len(queries), "n_corpus": len(corpus)}
-                sampled = (cell.get("n_queries"), cell.get("n_corpus")) not in ((None, None), tuple(shape.values()))
-                yield Record(**{**shared, **own, **shape, "sampled": sampled, **cell})
+
+    def close(self) -> None:
+        """End every process."""
+        for seat in self._seats.values():
+            seat.close()
+
+    def measure(self) -> Generator[Update, None, None]:
+        """Measure each case."""
+        cases = self._shuffled(self._plan.cases)
+        for number, case in enumerate(cases):
+            for update in self._measure_case(case):
+                yield replace(update, done=(number + update.done) / len(cases))
+
+    def _shuffled(self, things: Iterable[Any]) -> list[Any]:
+        shuffled = list(things)
+        self._random.shuffle(shuffled)
+        return shuffled
+
+    def _measure_case(self, case: Case) -> Generator[Update, None, None]:
+        """Measure one case on every backend."""
+        wanted = [(name, False) for name in self._plan.backends]
+        wanted += [(name, True) for name in self._twins_of_before(case)]
+        missing = [key for key in wanted if not self._is_complete(case, *key)]
+        if not missing:
+            return
+        label = f"{case.op} {case.metric} {case.dataset} {case.dtype}"
+        yield Update(f"{label}: reference", 0.0)
+        references = self._references(case)
+        cells: list[_Cell] = []
+        for number, (backend, twin) in enumerate(self._shuffled(missing)):
+            yield Update(f"{label}: {backend}, preparing", 0.5 * number / len(missing))
+            cells += self._opened(case, backend, twin, references)
+        if self._plan.twins and not any(twin for _, twin in wanted):
+            for fastest in self._fastest(cells):
+                yield Update(f"{label}: {fastest.record.backend} again, preparing", 0.5)
+                cells += self._opened(case, fastest.record.backend, True, references, like=fastest)
+        yield Update(label, 0.5, [cell.record for cell in cells])
+        yield from self._rounds(label, cells)
+
+    def _rounds(self, label: str, cells: list[_Cell]) -> Generator[Update, None, None]:
+        """Let the cells take turns until each has enough, and judge them."""
+        case_s, number = self._plan.case_s, 0
+        waiting = [cell for cell in cells if cell.is_open]
+        while waiting:
+            number += 1
+            for cell in self._shuffled(waiting):
+                spent = sum(min(1.0, sum(c.record.times_s) / case_s) if c.is_open else 1.0 for c in cells) / len(cells)
+                yield Update(f"{label}: {cell.record.backend}, round {number}", 0.5 + 0.5 * spent)
+                cell.take_turn(case_s)
+            yield Update(label, 0.5 + 0.5 * spent, [cell.record for cell in waiting])
+            waiting = [cell for cell in waiting if cell.is_open and not cell.has_enough(case_s)]
+        measured = [cell for cell in cells if cell.is_open]
+        for cell in measured:
+            cell.close()
+        if any(cell.operations for cell in measured):
+            yield Update(f"{label}: ceilings of this machine", 1.0)
+            for cell in measured:
+                cell.judge(self._ceilings)
+        yield Update(label, 1.0, [cell.record for cell in measured])
+
+    def _opened(
+        self, case: Case, backend: str, twin: bool, references: tuple[str, str], like: "_Cell | None" = None
+    ) -> list[_Cell]:
+        """Return the cell of a backend, with the case opened as it was before, or as `like` has it."""
+        seat = self._seats.setdefault((backend, twin), _Seat(backend, self._plan.threads, self._limit_s))
+        own: dict[str, Any] = {
+            "backend": backend,
+            "peer": registry()[backend].peer,
+            "library": version_of(backend),
+            "twin": twin,
+        }
+        described: dict[str, Any] = {name: value for name, value in asdict(case).items() if name != "options"}
+        before = self._earlier.get((case.name, backend, twin))
+        cell = _Cell(seat, before or Record(**described, **own, **self._shared, status="ok", complete=False))
+        known = before or (like.record if like else None)
+        sizes = (known.measured_queries, known.measured_corpus) if known and known.measured_queries else None
+        cell.open(Opening(case, self._plan.case_s, *references, sizes=sizes))
+        return [cell]
+
+    def _fastest(self, cells: list[_Cell]) -> list[_Cell]:
+        """Return, for each device, the cell that takes least for a pair."""
+        fastest: dict[str, _Cell] = {}
+        for cell in cells:
+            device = cell.seat.device
+            if cell.is_open and (device not in fastest or _pair_s(cell) < _pair_s(fastest[device])):
+                fastest[device] = cell
+        return list(fastest.values())
+
+    def _twins_of_before(self, case: Case) -> list[str]:
+        return [backend for name, backend, twin in self._earlier if twin and name == case.name]
+
+    def _is_complete(self, case: Case, backend: str, twin: bool) -> bool:
+        before = self._earlier.get((case.name, backend, twin))
+        return before is not None and before.complete
+
+    def _references(self, case: Case) -> tuple[str, str]:
+        """Return the files with the reference distances of the first queries, and of the last corpus rows."""
+        queries, corpus = case.load()
+        paths = []
+        for name, rows in (("first", queries[:CHECKED_QUERIES]), ("changed", corpus[-CHECKED_QUERIES:])):
+            path = self._folder / f"{name}.npy"
+            np.save(path, reference_distances(rows, corpus, case.metric))
+            paths.append(str(path))
+        return paths[0], paths[1]
+
+    @property
+    def _limit_s(self) -> float:
+        return LIMIT_SHARE * self._plan.case_s + GRACE_S
 
 
-def _cells_of_backend(plan: Plan, backend: str, references: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield the fields of each metric's cell; a worker that dies is replaced for the metrics that are left."""
-    left = list(plan.metrics)
-    while left:
-        job = Job(
-            backend=backend,
-            metrics=left,
-            dataset=plan.dataset,
-            options=plan.options,
-            dtype=plan.dtype,
-            k=plan.k,
-            n_queries=plan.n_queries,
-            case_s=plan.case_s,
-            references=references,
-        )
-        try:
-            for cell in run_worker(
-                "knnbench.measure.worker", asdict(job), plan.threads, LIMIT_SHARE * plan.case_s + GRACE_S
-            ):
-                yield {**cell, "metric": left.pop(0)}
-        except WorkerEnded as ended:
-            # Between two answers it was at work on the next metric; after the last, nothing is lost.
-            if left:
-                yield {"status": ended.status, "reason": ended.reason, "metric": left.pop(0)}
-        else:
-            if left:  # a library that ends the process and calls that success
-                yield {"status": "crashed", "reason": "the process ended before its answer", "metric": left.pop(0)}
+def _pair_s(cell: _Cell) -> float:
+    return cell.call_s / (cell.record.measured_queries * cell.record.measured_corpus)

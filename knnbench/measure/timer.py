@@ -1,55 +1,61 @@
-"""Timing one function, and saying how sure the figure is."""
+"""Timing one function: when a call is over, and when there have been enough calls."""
 
-import math
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["median_interval", "timed", "timed_repeats"]
+from knnbench.backends.base import Backend
+from knnbench.results import median_interval
 
-LEAST_REPEATS = 3
-MOST_REPEATS = 100
+__all__ = ["is_tight", "settle", "timed"]
 
-CONFIDENCE = 0.95
+# Enough for the rank test of `knnbench.measure.comparison` to tell two such backends apart.
+TIGHT_REPEATS = 10
+
+# Half the interval of the median, as a share of it, at which further repeats would say little.
+TIGHT = 0.01
+
+# Threads that still spin after a parallel region have stopped when the process takes less than this share of a CPU
+# over one look; Intel's OpenMP spins for 0.2 s.
+QUIET = 0.05
+LOOK_S = 0.02
+LONGEST_SETTLE_S = 0.5
 
 
-def timed(function: Callable[[], Any], synchronize: Callable[[], None]) -> tuple[float, Any]:
-    """Return the seconds that a call took until its device was done, and what it returned."""
-    synchronize()
+def timed(function: Callable[[], Any], backend: Backend) -> tuple[float, float | None, Any]:
+    """Time one call until its device is done.
+
+    Returns
+    -------
+    seconds : float
+        By the host's clock.
+    device_seconds : float or None
+        By the device's; None where that is the host's.
+    answer : object
+        What the call returned.
+    """
+    backend.synchronize()
+    stop = backend.stopwatch()
     start = time.perf_counter()
     answer = function()
-    synchronize()
-    return time.perf_counter() - start, answer
+    device_s = stop()
+    backend.synchronize()
+    return time.perf_counter() - start, device_s, answer
 
 
-def timed_repeats(function: Callable[[], Any], synchronize: Callable[[], None], budget_s: float) -> list[float]:
-    """Return the seconds of each of some calls, from 3 to 100 of them, that together fill `budget_s`."""
-    times: list[float] = []
-    while len(times) < LEAST_REPEATS or (sum(times) < budget_s and len(times) < MOST_REPEATS):
-        times.append(timed(function, synchronize)[0])
-    return times
+def is_tight(times: list[float]) -> bool:
+    """Return whether the median of the times is known well enough."""
+    if len(times) < TIGHT_REPEATS:
+        return False
+    median, low, high = median_interval(times)
+    return high - low <= 2 * TIGHT * median
 
 
-def median_interval(times: list[float]) -> tuple[float, float, float]:
-    """Return the median and an interval for it.
-
-    The interval lies between the (i + 1)-th smallest and the (i + 1)-th largest time, with the largest i for
-    which it covers the median with at least 95 % confidence, whatever the distribution. Fewer than six times
-    cannot give that: then it is their whole range.
-
-    References
-    ----------
-    W. J. Conover, Practical Nonparametric Statistics, 3rd ed., Wiley 1999, section 3.2.
-
-    Examples
-    --------
-    >>> median_interval([3.0, 1.0, 2.0])
-    (2.0, 1.0, 3.0)
-    >>> median_interval([float(i) for i in range(9)])
-    (4.0, 1.0, 7.0)
-    """
-    ordered, n, outside, i = sorted(times), len(times), 0, -1
-    while 2 * (outside := outside + math.comb(n, i + 1)) <= (1 - CONFIDENCE) * 2**n:
-        i += 1
-    return statistics.median(ordered), ordered[max(i, 0)], ordered[-1 - max(i, 0)]
+def settle() -> None:
+    """Wait until no thread of this process computes or spins, so that it disturbs no other's measurement."""
+    end = time.monotonic() + LONGEST_SETTLE_S
+    while time.monotonic() < end:
+        before = time.process_time()
+        time.sleep(LOOK_S)
+        if time.process_time() - before < QUIET * LOOK_S:
+            return

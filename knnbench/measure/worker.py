@@ -1,9 +1,17 @@
 """The process that measures one backend.
 
-Started by `knnbench.measure.runner` with its threads pinned; it is sent a `Job` and sends back the fields of a
-`Record` for each of its metrics, in their order.
+Started by `knnbench.measure.runner` with its threads pinned. It is told the backend, and then what to do, a
+request at a time, so that backends can take turns on one case:
+
+    open    load the case, find out how much of it fits the time, prepare, compute once, check the answer
+    turn    time some calls
+    close   check an answer to changed queries
+
+Each answer has the fields of a `knnbench.results.Record` that are then known.
 """
 
+import functools
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -12,17 +20,24 @@ from typing import Any
 
 import numpy as np
 
-from knnbench import datasets
-from knnbench.api import Neighbors, Prepared, knn, prepare
+from knnbench.api import Neighbors, Prepared, knn, pairwise, prepare
 from knnbench.backends import backend_status, get_backend
 from knnbench.dtypes import Array
 from knnbench.errors import OverBudgetError, UnsupportedError
+from knnbench.measure.cases import Case
+from knnbench.measure.contention import CpuMeter
+from knnbench.measure.machine import loaded_libraries
 from knnbench.measure.memory import peak_since, start_peak
-from knnbench.measure.process import worker_channel
-from knnbench.measure.reference import check_neighbors
-from knnbench.measure.timer import median_interval, timed, timed_repeats
+from knnbench.measure.process import worker_channel, worker_requests
+from knnbench.measure.reference import Verdict, check_distances, check_neighbors
+from knnbench.measure.timer import settle, timed
+from knnbench.metrics import Space, get_metric
+from knnbench.threads import thread_count
 
-__all__ = ["Job", "load_rows", "main"]
+__all__ = ["CHECKED_QUERIES", "Opening", "main"]
+
+# Queries whose answers are checked before the timed calls, and others after them.
+CHECKED_QUERIES = 8
 
 # A first look at a backend's speed, after a call that compiles: small enough for naive loops.
 FIRST_LOOKS = 3
@@ -35,8 +50,8 @@ LEAST_CORPUS = 2000
 
 # Of the time for a case, the share of one call; it may take so many times longer rather than leave corpus rows
 # out.
-CALL_SHARE = 0.2
-LONGEST = 4.0
+CALL_SHARE = 0.1
+LONGEST = 8.0
 
 # Of queries, from one try to the next; and how much faster they must become for another when the time is filled.
 MOST_GROWTH = 8.0
@@ -45,94 +60,100 @@ CHEAPER = 1.25
 # How much slower a pair may look in the first look than it is, because of the overhead of a call.
 OVERHEAD = 50
 
+# Bytes of a matrix of distances that one timed call may return.
+MATRIX_BYTES = 512 * 1024 * 1024
+
+# Calls are given the queries from another row on each time, so that no answer can be an earlier one remembered.
+SHIFTS = 16
+
+# Calls in one turn at the most, and copies that are timed.
+TURN_CALLS = 100
+COPIES = 5
+
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What a worker is to do.
+class Opening:
+    """How a case is opened.
 
     Attributes
     ----------
-    backend : str
-    metrics : list of str
-    dataset : str
-    options : dict
-        Of `knnbench.datasets.load`.
-    dtype : str
-        Empty for the data's own.
-    k, n_queries : int
+    case : Case
     case_s : float
-        Seconds for a case, within which queries are sampled.
-    references : dict of str to str
-        For each metric, the file with the reference distances of the first queries.
+        Seconds for the calls of the case, within which rows are sampled.
+    reference, changed_reference : str
+        The files with the reference distances of the first queries, and of the last corpus rows as queries.
+    sizes : tuple of int, optional
+        Queries and corpus rows of a call, to be as they were before; found if not given.
     """
 
-    backend: str
-    metrics: list[str]
-    dataset: str
-    options: dict[str, Any]
-    dtype: str
-    k: int
-    n_queries: int
+    case: Case
     case_s: float
-    references: dict[str, str]
-
-
-def load_rows(dataset: str, options: dict[str, Any], dtype: str) -> tuple[Array, Array]:
-    """Return the queries and the corpus of a data set: its test and its training rows."""
-    data = datasets.load(dataset, **options)
-    if not dtype:
-        return data.X_test, data.X_train
-    return data.X_test.astype(dtype), data.X_train.astype(dtype)
+    reference: str
+    changed_reference: str
+    sizes: tuple[int, int] | None = None
 
 
 def main() -> None:
-    """Do the job that the parent sent."""
-    sent, channel = worker_channel()
-    job = Job(**sent)
+    """Answer the parent's requests."""
+    job, channel = worker_channel()
+    print(json.dumps(_introduction(job["backend"])), file=channel)
+    opened: _Case | None = None
+    for request in worker_requests():
+        (action, given), answer = next(iter(request.items())), {"status": "ok", "reason": ""}
+        try:
+            if action == "open":
+                opened = None  # first, so that two cases are never held at once
+                opened = _Case(job["backend"], Opening(**{**given, "case": Case(**given["case"])}))
+                answer |= opened.open()
+            else:
+                assert opened is not None
+                answer |= opened.turn(given) if action == "turn" else opened.close()
+        except Exception as error:  # whatever a library raises is a fact about it
+            statuses = {UnsupportedError: "unsupported", OverBudgetError: "over-budget", MemoryError: "out-of-memory"}
+            status = next((name for kind, name in statuses.items() if isinstance(error, kind)), "crashed")
+            answer = {"status": status, "reason": " ".join(f"{type(error).__name__}: {error}".split())}
+        settle()
+        print(json.dumps(answer), file=channel)
+
+
+def _introduction(name: str) -> dict[str, Any]:
     start = time.perf_counter()
-    status = backend_status(job.backend)
+    status = backend_status(name)
     import_s = time.perf_counter() - start
     if not status.ok:
         reason = status.reason + (f". To use it: {status.install}" if status.install else "")
-        for _ in job.metrics:
-            print(json.dumps({"status": "absent", "reason": reason}), file=channel)
-        return
-    queries, corpus = load_rows(job.dataset, job.options, job.dtype)
-    for metric in job.metrics:
-        print(json.dumps({"import_s": import_s, **_cell(job, metric, queries, corpus)}), file=channel)
-
-
-def _cell(job: Job, metric: str, queries: Array, corpus: Array) -> dict[str, Any]:
-    """Measure one case; what goes wrong becomes its status."""
-    statuses = {UnsupportedError: "unsupported", OverBudgetError: "over-budget", MemoryError: "out-of-memory"}
-    try:
-        return _Case(job, metric, queries, corpus).measure()
-    except Exception as error:  # whatever a library raises is a fact about it
-        status = next((name for kind, name in statuses.items() if isinstance(error, kind)), "crashed")
-        return {"status": status, "reason": " ".join(f"{type(error).__name__}: {error}".split())}
+        return {"status": "absent", "reason": reason}
+    return {"status": "ok", "device": status.device, "import_s": import_s}
 
 
 class _Case:
-    """One metric on one backend."""
+    """One case on one backend."""
 
-    def __init__(self, job: Job, metric: str, queries: Array, corpus: Array) -> None:
-        self.job, self.metric, self.queries, self.corpus = job, metric, queries[: job.n_queries], corpus
-        self.backend = get_backend(job.backend)
-        self.call_s = CALL_SHARE * job.case_s
+    def __init__(self, backend: str, opening: Opening) -> None:
+        self.opening, self.case = opening, opening.case
+        self.backend_name, self.backend = backend, get_backend(backend)
+        self.queries, self.corpus = self.case.load()
+        self.call_s = CALL_SHARE * opening.case_s
+        self.meter = CpuMeter(thread_count())
+        self.peak = 0
+        self.device_peak: int | None = None
+        self.shifts = itertools.cycle(range(SHIFTS))
+        self.checked = 0
 
     def prepared(self, n_corpus: int) -> tuple[float, Prepared]:
         """Return the seconds to prepare the first rows of the corpus, and the result."""
         rows = self.corpus[:n_corpus]
-        return timed(lambda: prepare(rows, self.metric, backend=self.job.backend), self.backend.synchronize)
+        seconds, _, prepared = timed(lambda: prepare(rows, self.case.metric, backend=self.backend_name), self.backend)
+        return seconds, prepared
 
-    def search(self, n_queries: int, prepared: Prepared) -> Callable[[], Neighbors]:
-        """Return the call that is timed."""
-        rows = self.queries[:n_queries]
-        return lambda: knn(rows, prepared, self.job.k)
+    def compute(self, queries: Any, prepared: Prepared) -> Any:
+        """Return the answer of the case's operation."""
+        return pairwise(queries, prepared) if self.case.k is None else knn(queries, prepared, self.case.k)
 
-    def timed_search(self, n_queries: int, prepared: Prepared) -> tuple[float, Neighbors]:
-        """Return the seconds of one call, and its answer."""
-        return timed(self.search(n_queries, prepared), self.backend.synchronize)
+    def timed_call(self, n_queries: int, prepared: Prepared) -> tuple[float, Any]:
+        """Return the seconds of one call on the first queries, and its answer."""
+        seconds, _, answer = timed(lambda: self.compute(self.queries[:n_queries], prepared), self.backend)
+        return seconds, answer
 
     def corpus_rows(self, pairs_per_s: float) -> int:
         """Return how many corpus rows to measure: all, unless a few queries would take too long."""
@@ -140,67 +161,144 @@ class _Case:
         affordable = LONGEST * self.call_s * pairs_per_s / LEAST_QUERIES
         if affordable < whole <= affordable * OVERHEAD:
             # The first look was too small to tell: see what one query costs in earnest.
-            seconds, _ = self.timed_search(1, self.prepared(whole)[1])
+            seconds, _ = self.timed_call(1, self.prepared(whole)[1])
             affordable = LONGEST * self.call_s * whole / seconds / LEAST_QUERIES
-        return whole if affordable >= whole else min(whole, max(LEAST_CORPUS, self.job.k))
+        return whole if affordable >= whole else min(whole, max(LEAST_CORPUS, self.case.k or 1))
 
-    def query_rows(self, prepared: Prepared, pairs_per_s: float) -> tuple[int, Neighbors]:
-        """Return how many queries to measure in one call, and the answer to them.
+    def query_rows(self, prepared: Prepared, pairs_per_s: float) -> int:
+        """Return how many queries to measure in one call.
 
         They fill the time of a call; beyond it, their number still grows while that makes each of them cheaper.
         """
+        most = len(self.queries)
+        if self.case.k is None:
+            most = max(1, min(most, MATRIX_BYTES // (8 * prepared.shape[0])))
         wanted, queries_per_s = int(pairs_per_s * self.call_s / prepared.shape[0]), 0.0
         while True:
-            n_queries = min(len(self.queries), max(LEAST_QUERIES, wanted))
-            seconds, answer = self.timed_search(n_queries, prepared)
+            n_queries = min(most, max(LEAST_QUERIES, wanted))
+            seconds, _ = self.timed_call(n_queries, prepared)
             is_cheaper = n_queries / seconds > CHEAPER * queries_per_s
             is_short = seconds < self.call_s or (is_cheaper and 2 * seconds < LONGEST * self.call_s)
-            if n_queries == len(self.queries) or not is_short:
-                return n_queries, answer
+            if n_queries == most or not is_short:
+                return n_queries
             queries_per_s = n_queries / seconds
             wanted = int(n_queries * min(MOST_GROWTH, max(2.0, self.call_s / seconds)))
 
-    def measure(self) -> dict[str, Any]:
-        """Return the fields of the record."""
-        job = self.job
-        first_rows = max(FIRST_CORPUS, job.k)
-        _, few = self.prepared(first_rows)
-        first_call_s, _ = self.timed_search(FIRST_QUERIES, few)
-        seconds = min(self.timed_search(FIRST_QUERIES, few)[0] for _ in range(FIRST_LOOKS))
-        pairs_per_s = min(FIRST_QUERIES, len(self.queries)) * few.shape[0] / seconds
-        n_corpus = self.corpus_rows(pairs_per_s)
-        prepare_s, prepared = self.prepared(n_corpus)
-        n_queries, answer = self.query_rows(prepared, pairs_per_s)
-        resident = start_peak()
-        times = timed_repeats(self.search(n_queries, prepared), self.backend.synchronize, job.case_s)
-        peak = peak_since(resident)
-        reference = np.load(job.references[self.metric])[:n_queries, :n_corpus]
-        verdict = check_neighbors(
-            answer.distances[: len(reference)],
-            answer.indices[: len(reference)],
-            reference,
-            # For cosine the reference rounds otherwise than the definition of the order does.
-            same_order=prepared.dtype.kind == "u"
-            and self.backend.capabilities.exact_integers
-            and self.metric != "cosine",
-        )
-        median_s, low_s, high_s = median_interval(times)
+    def open(self) -> dict[str, Any]:
+        """Prepare, compute once, and check the answer."""
+        _, few = self.prepared(max(FIRST_CORPUS, self.case.k or 1))
+        first_call_s, _ = self.timed_call(FIRST_QUERIES, few)
+        if self.opening.sizes:
+            n_queries, n_corpus = self.opening.sizes
+            prepare_s, self.corpus_prepared = self.prepared(n_corpus)
+        else:
+            seconds = min(self.timed_call(FIRST_QUERIES, few)[0] for _ in range(FIRST_LOOKS))
+            pairs_per_s = min(FIRST_QUERIES, len(self.queries)) * few.shape[0] / seconds
+            n_corpus = self.corpus_rows(pairs_per_s)
+            prepare_s, self.corpus_prepared = self.prepared(n_corpus)
+            n_queries = self.query_rows(self.corpus_prepared, pairs_per_s)
+        self.sizes = n_queries, n_corpus
+        # The rows that calls are given views of; those after the last query are the first again.
+        self.rows = np.resize(self.queries, (n_queries + SHIFTS, self.queries.shape[1]))
+        call_s, answer = self.timed_call(n_queries, self.corpus_prepared)
+        self.verdict = self.check(answer, self.opening.reference)
+        space = Space(get_metric(self.case.metric), np.dtype(self.case.dtype), self.case.n_features)
         return {
-            "status": "wrong" if verdict.reason else "ok",
-            "reason": verdict.reason,
-            "n_queries": n_queries,
-            "n_corpus": n_corpus,
-            "times_s": times,
-            "median_s": median_s,
-            "low_s": low_s,
-            "high_s": high_s,
-            "prepare_s": prepare_s,
-            "first_call_s": first_call_s,
-            "error": verdict.error,
-            "recall": verdict.recall,
-            "n_checked": len(reference),
-            "peak_bytes": peak,
+            **self.judgement(),
+            "measured_queries": n_queries,
+            "measured_corpus": n_corpus,
+            "call_s": call_s,
+            "operations": self.backend.operations(space, self.case.op),
+            "phases": {"prepare": [prepare_s], "first_call": [first_call_s], **self.copies(space.dtype)},
         }
+
+    def copies(self, dtype: np.dtype[Any]) -> dict[str, list[float]]:
+        """Return the phases of a call on a device taken apart: what is copied, and what is computed there."""
+        backend = self.backend
+        if backend.capabilities.device == "cpu":
+            return {}
+        rows = self.rows[: self.sizes[0]]
+        native = backend.to_native(rows, dtype)
+        answer = self.compute(native, self.corpus_prepared)
+        arrays = answer if isinstance(answer, tuple) else (answer,)
+        samples = [timed(lambda: self.compute(native, self.corpus_prepared), backend) for _ in range(COPIES)]
+
+        def repeated(function: Callable[[], Any]) -> list[float]:
+            return [timed(function, backend)[0] for _ in range(COPIES)]
+
+        return {
+            "copy_in": repeated(lambda: backend.to_native(rows, dtype)),
+            "compute": [seconds for seconds, _, _ in samples],
+            "device": [seconds for _, seconds, _ in samples if seconds is not None],
+            "copy_out": repeated(lambda: [backend.to_numpy(array) for array in arrays]),
+        }
+
+    def turn(self, seconds: float) -> dict[str, Any]:
+        """Time calls until they fill some seconds, one at the least."""
+        n_queries = self.sizes[0]
+        times: list[float] = []
+        resident, device_peak = start_peak(), self.backend.device_peak()
+        with self.meter:
+            while not times or (sum(times) < seconds and len(times) < TURN_CALLS):
+                first = next(self.shifts)
+                rows = self.rows[first : first + n_queries]
+                times.append(timed(functools.partial(self.compute, rows, self.corpus_prepared), self.backend)[0])
+        self.peak = max(self.peak, peak_since(resident))
+        on_device = device_peak()
+        if on_device is not None:
+            self.device_peak = max(self.device_peak or 0, on_device)
+        return {
+            "times_s": times,
+            "peak_bytes": self.peak,
+            "peak_device_bytes": self.device_peak,
+            "contention": self.meter.contention,
+        }
+
+    def close(self) -> dict[str, Any]:
+        """Check the answer to other queries in the place of those that were timed: what remembers answers fails."""
+        changed = self.corpus[-CHECKED_QUERIES:]
+        self.rows[: len(changed)] = changed
+        answer = self.compute(self.rows[: self.sizes[0]], self.corpus_prepared)
+        again = self.check(answer, self.opening.changed_reference)
+        libraries, blas = loaded_libraries()
+        if again.reason and not self.verdict.reason:
+            again = Verdict(again.error, again.recall, f"after the timed calls, for changed queries: {again.reason}")
+        self.verdict = _worse(self.verdict, again)
+        return {**self.judgement(), "libraries": libraries, "blas": blas}
+
+    def check(self, answer: Any, path: str) -> Verdict:
+        """Return what is wrong with an answer."""
+        n_queries, n_corpus = self.sizes
+        reference = np.load(path)[:n_queries, :n_corpus]
+        exact = np.dtype(self.case.dtype).kind == "u" and self.backend.capabilities.exact_integers
+        self.checked += len(reference)
+        if isinstance(answer, Neighbors):
+            # For cosine the reference rounds otherwise than the definition of the order does.
+            same_order = exact and self.case.metric != "cosine"
+            nearest, indices = (part[: len(reference)] for part in answer)
+            return check_neighbors(nearest, indices, reference, same_order=same_order)
+        distances: Array = answer[: len(reference)]
+        return check_distances(distances, reference, exact=exact and distances.dtype.kind == "i")
+
+    def judgement(self) -> dict[str, Any]:
+        """Return what is known of the answers."""
+        return {
+            "status": "wrong" if self.verdict.reason else "ok",
+            "reason": self.verdict.reason,
+            "error": self.verdict.error,
+            "recall": self.verdict.recall,
+            "n_checked": self.checked,
+        }
+
+
+def _worse(first: Verdict, second: Verdict) -> Verdict:
+    """Return the worse of both in every respect."""
+    errors, recalls = (first.error, second.error), [r for r in (first.recall, second.recall) if r is not None]
+    return Verdict(
+        None if None in errors else max(e for e in errors if e is not None),
+        min(recalls) if recalls else None,
+        first.reason or second.reason,
+    )
 
 
 if __name__ == "__main__":

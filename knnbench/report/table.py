@@ -1,15 +1,28 @@
 """Tables for the terminal."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from knnbench.backends import Status
 from knnbench.datasets import DatasetStatus
-from knnbench.measure.record import Record
+from knnbench.measure.ceilings import PROBES, Ceiling
+from knnbench.measure.comparison import indistinguishable, noise
+from knnbench.measure.contention import CONTENDED
+from knnbench.results import Record
 
-__all__ = ["BASELINE", "absent_table", "backends_table", "datasets_table", "format_seconds", "metric_table"]
+__all__ = [
+    "BASELINE",
+    "absent_table",
+    "backends_table",
+    "case_table",
+    "ceilings_table",
+    "datasets_table",
+    "format_seconds",
+    "machine_table",
+]
 
 BASELINE = "numpy"
 """The backend that ratios are against."""
@@ -31,40 +44,55 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} µs"
 
 
-def metric_table(records: Iterable[Record], n_corpus: int) -> Table:
+def case_table(records: Iterable[Record]) -> Table:
     """Return the ranking of the backends on one case.
 
     Parameters
     ----------
     records : iterable of Record
-        Of one metric and data set, at least one, one for each backend that works here.
-    n_corpus : int
-        Rows of the whole corpus, to which times of sampled measurements are scaled.
+        Of one case, at least one; one for each backend that works here, and twins.
 
     Returns
     -------
     rich.table.Table
-        The fastest first; then what failed or is not supported, with its reason. Absent backends are left to
-        `absent_table`.
+        The fastest first, with those that cannot be told from it; then what failed or is not supported, with its
+        reason. Absent backends are left to `absent_table`.
     """
-    cells = list(records)
+    records = list(records)
+    cells = [record for record in records if not record.twin]
     measured = sorted(
         (cell for cell in cells if cell.seconds_per_pair is not None), key=lambda cell: cell.seconds_per_pair or 0
     )
     baseline = next((cell for cell in measured if cell.backend == BASELINE and cell.status == "ok"), None)
-    first = cells[0]
+    fastest = indistinguishable(records)
+    first, difference = cells[0], noise(records)
     table = Table(
-        title=f"{first.metric}, {first.dataset} {first.dtype}, k={first.k}, {n_corpus:,} x {first.n_features}, "
-        f"{first.threads} thread{'s' if first.threads != 1 else ''}",
+        title=f"{first.op} {first.metric}, {first.dataset} {first.dtype}, {f'k={first.k}, ' if first.k else ''}"
+        f"{first.n_corpus:,} x {first.n_features}, {first.threads} thread{'s' if first.threads != 1 else ''}",
         title_justify="left",
         title_style="bold",
+        caption=_caption(measured, fastest, difference),
+        caption_justify="left",
     )
     table.add_column("backend", no_wrap=True)
-    for heading in ("ms/query", "± %", "queries/s", "Gpair/s", f"x {BASELINE}", "error", "first call", "peak MB"):
+    headings = (
+        "ms/query",
+        "± %",
+        "queries/s",
+        "Gpair/s",
+        f"x {BASELINE}",
+        "% of limit",
+        "error",
+        "first call",
+        "peak MB",
+    )
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("note", overflow="fold")
     for cell in measured:
-        table.add_row(*_measured_row(cell, n_corpus, baseline), style=STATUS_STYLES.get(cell.status, "red"))
+        mark = "= " if len(fastest) > 1 and cell.backend in fastest else ""
+        style = STATUS_STYLES.get(cell.status, "red")
+        table.add_row(mark + _name(cell), *_measured_row(cell, baseline), style=style)
     for cell in cells:
         if cell.seconds_per_pair is None:
             gaps = [""] * (len(table.columns) - 2)
@@ -86,26 +114,43 @@ def absent_table(records: Iterable[Record]) -> Table | None:
     return table
 
 
-def _measured_row(cell: Record, n_corpus: int, baseline: Record | None) -> list[str]:
+def _caption(measured: list[Record], fastest: set[str], difference: float | None) -> str:
+    """Return what a reader has to know of the marks in a ranking."""
+    facts = []
+    if len(fastest) > 1:
+        facts.append("=: cannot be told from the fastest")
+    if difference is not None:
+        facts.append(f"noise: one backend in two processes differed by {difference:.1%}")
+    if any((cell.contention or 0) >= CONTENDED for cell in measured):
+        facts.append("contended: share of the CPU time needed that other processes took; believe such times less")
+    return "; ".join(facts)
+
+
+def _measured_row(cell: Record, baseline: Record | None) -> list[str]:
     assert cell.seconds_per_pair is not None
     assert cell.median_s is not None
-    assert cell.low_s is not None
-    assert cell.high_s is not None
-    query_s = cell.seconds_per_pair * n_corpus * cell.n_features
-    spread = (cell.high_s - cell.low_s) / 2 / cell.median_s
+    assert cell.interval_s is not None
+    query_s = cell.seconds_per_pair * cell.n_corpus * cell.n_features
+    spread = (cell.interval_s[1] - cell.interval_s[0]) / 2 / cell.median_s
     ratio = "" if baseline is None else f"{(baseline.seconds_per_pair or 0) / cell.seconds_per_pair:.3g}"
-    notes = [f"{cell.n_queries:,} queries" + ("" if cell.n_corpus == n_corpus else f" x {cell.n_corpus:,} rows")]
+    rows = "" if cell.measured_corpus == cell.n_corpus else f" x {cell.measured_corpus:,} rows"
+    notes = [f"{cell.measured_queries:,} queries{rows}"]
+    if not cell.complete:
+        notes.append(f"interrupted after {len(cell.times_s)} calls")
+    if cell.contention is not None and cell.contention >= CONTENDED:
+        notes.append(f"contended {cell.contention:.0%}")
     if cell.status != "ok":
         notes.append(f"{cell.status}: {cell.reason}")
+    first_call_s = cell.phase_s("first_call")
     return [
-        _name(cell),
         f"{query_s * 1e3:,.3g}" if query_s < 1 else f"{query_s * 1e3:,.0f}",
         f"{spread:.1%}".rstrip("%"),
         f"{1 / query_s:,.0f}" if query_s < 0.1 else f"{1 / query_s:,.3g}",
         f"{1e-9 / cell.seconds_per_pair:.3g}",
         ratio,
+        "" if cell.fraction_of_floor is None else f"{100 * cell.fraction_of_floor:.2g}",
         "" if cell.error is None else f"{cell.error:.1e}" if cell.error else "0",
-        "" if cell.first_call_s is None else format_seconds(cell.first_call_s),
+        "" if first_call_s is None else format_seconds(first_call_s),
         "" if cell.peak_bytes is None else f"{cell.peak_bytes / 1e6:,.0f}",
         escape("; ".join(notes)),
     ]
@@ -152,3 +197,45 @@ def datasets_table(statuses: Iterable[DatasetStatus]) -> Table:
             style="" if status.available else "dim",
         )
     return table
+
+
+def machine_table(facts: dict[str, Any], threads: int) -> Table:
+    """Return the facts of `knnbench.measure.machine.describe_machine`."""
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    shown = {**facts, "threads": threads}
+    for name in ("memory_bytes", "cache_bytes"):
+        size = shown.pop(name)
+        shown[name.removesuffix("_bytes")] = "" if size is None else f"{size / 2**20:,.0f} MiB"
+    for name, value in shown.items():
+        text = "\n".join(map(_named, value)) if name == "gpus" else ", ".join(value) if name == "features" else value
+        table.add_row(name.replace("_", " "), escape(str(text)) if text not in (None, "") else "[dim]not known[/]")
+    return table
+
+
+def _named(facts: dict[str, str]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+
+
+def ceilings_table(ceilings: Iterable[Ceiling]) -> Table:
+    """Return each ceiling with its rate and how it was measured, or why it could not be."""
+    table = Table()
+    table.add_column("ceiling", no_wrap=True)
+    table.add_column("rate", justify="right", no_wrap=True)
+    table.add_column("what; or why not", overflow="fold")
+    for ceiling in ceilings:
+        if ceiling.rate is None:
+            table.add_row(ceiling.name, "", escape(ceiling.reason), style="dim")
+        else:
+            what = PROBES[ceiling.name].description
+            if ceiling.contention is not None and ceiling.contention >= CONTENDED:
+                what += f"; contended {ceiling.contention:.0%}, so too low"
+            table.add_row(ceiling.name, _rate(ceiling.rate, ceiling.unit), what)
+    return table
+
+
+def _rate(rate: float, unit: str) -> str:
+    """Return a rate with three significant digits, in tera where there are thousands of giga."""
+    prefix, size = ("T", 1e12) if rate >= 1e12 else ("G", 1e9)
+    return f"{rate / size:.3g} {prefix}B/s" if unit == "bytes/s" else f"{rate / size:.3g} {prefix} op/s"

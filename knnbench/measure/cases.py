@@ -1,0 +1,111 @@
+"""What is measured: an operation on a data set, with everything that its time depends on but the backend."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from knnbench import datasets
+from knnbench.dtypes import Array
+from knnbench.results import case_name
+
+__all__ = ["OPS", "Case", "load_rows", "make_cases"]
+
+OPS = ("knn", "pairwise")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One case, for every backend.
+
+    Attributes
+    ----------
+    op : str
+        One of `OPS`.
+    metric : str
+        Canonical name.
+    dataset, options : str, dict
+        For `knnbench.datasets.load`.
+    dtype : str
+        Rows are converted to it.
+    k : int or None
+        None where the operation has none.
+    n_queries, n_corpus, n_features : int
+        Slower backends are measured on fewer rows, to stay within the time.
+    """
+
+    op: str
+    metric: str
+    dataset: str
+    dtype: str
+    k: int | None
+    n_queries: int
+    n_corpus: int
+    n_features: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the case, as in `knnbench.results.Record.case`."""
+        return case_name(
+            self.op, self.metric, self.dataset, self.dtype, (self.n_queries, self.n_corpus, self.n_features), self.k
+        )
+
+    def load(self) -> tuple[Array, Array]:
+        """Return the queries and the corpus."""
+        queries, corpus = load_rows(self.dataset, self.options, self.dtype)
+        return queries[: self.n_queries], corpus
+
+
+def load_rows(dataset: str, options: dict[str, Any], dtype: str) -> tuple[Array, Array]:
+    """Return the queries and the corpus of a data set, its test and its training rows, as `dtype` or as they are."""
+    data = datasets.load(dataset, **options)
+    if not dtype:
+        return data.X_test, data.X_train
+    return data.X_test.astype(dtype), data.X_train.astype(dtype)
+
+
+def make_cases(
+    dataset: str,
+    metrics: Sequence[str],
+    *,
+    ops: Sequence[str] = ("knn",),
+    dtypes: Sequence[str] = ("",),
+    k: int = 3,
+    n_queries: int = 10_000,
+    options: dict[str, Any] | None = None,
+) -> list[Case]:
+    """Return every case of some operations, metrics and dtypes on one data set.
+
+    Parameters
+    ----------
+    dataset : str
+    metrics, ops, dtypes : sequence of str
+        A dtype of ``""`` is the data's own.
+    k, n_queries : int
+        Neighbours, where the operation has them, and queries at the most.
+    options : dict, optional
+        Of `knnbench.datasets.load`.
+
+    Examples
+    --------
+    >>> [case.name for case in make_cases("digits", ["cosine"], ops=["knn", "pairwise"], n_queries=100)]
+    ['knn/cosine/digits/uint8/100x1438x64/k3', 'pairwise/cosine/digits/uint8/100x1438x64']
+    """
+    data = datasets.load(dataset, **(options or {}))
+    (n_test, n_features), n_corpus = data.X_test.shape, len(data.X_train)
+    return [
+        Case(
+            op=op,
+            metric=metric,
+            dataset=dataset,
+            dtype=dtype or str(data.X_train.dtype),
+            k=k if op == "knn" else None,
+            n_queries=min(n_queries, n_test),
+            n_corpus=n_corpus,
+            n_features=n_features,
+            options=options or {},
+        )
+        for op in ops
+        for dtype in dtypes
+        for metric in metrics
+    ]

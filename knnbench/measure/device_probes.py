@@ -1,0 +1,188 @@
+"""Probes of a CUDA device: how fast it can be reached, read, add and multiply at best.
+
+Each function takes the number of host threads, which changes nothing, and the seconds to fill, and returns
+operations, or bytes, a second by the device's own clock.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import cupy
+import numpy as np
+
+from knnbench.dtypes import Array
+from knnbench.errors import BackendUnavailableError, OverBudgetError
+from knnbench.kernels.cuda_probes import (
+    BLOCKS,
+    CHAINS,
+    READ_THREADS,
+    STEPS,
+    THREADS,
+    WORD_BYTES,
+    chain_source,
+    read_source,
+)
+from knnbench.measure.host_probes import LEAST_ROWS, MEMORY_SHARE, Rounds, growing_products, stream_bytes
+
+__all__ = [
+    "add_float32",
+    "add_float64",
+    "copy_in",
+    "copy_out",
+    "fma_float32",
+    "fma_float64",
+    "gemm_float16",
+    "gemm_float32",
+    "gemm_float64",
+    "read",
+]
+
+# Large enough that starting a copy takes little of its time.
+COPIED_BYTES = 1 << 28
+
+# Rows and columns of the largest matrices that are multiplied.
+MOST_ROWS = 16_384
+
+
+def best_rate(call: Callable[[int], Any], amount: float, seconds: float) -> float:
+    """Return the best rate of calls that are put on the current stream.
+
+    Parameters
+    ----------
+    call : callable
+        Takes the number of calls, and need not wait for them.
+    amount : float
+        Operations or bytes of one call.
+    seconds : float
+
+    Returns
+    -------
+    float
+        Operations or bytes a second.
+    """
+    call(1)
+    rounds = Rounds(amount, seconds)
+    while not rounds.done:
+        start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+        call(rounds.calls)
+        stop.record()
+        stop.synchronize()
+        rounds.take(cupy.cuda.get_elapsed_time(start, stop) / 1e3)
+    return rounds.best
+
+
+def _repeated(call: Callable[[], Any]) -> Callable[[int], None]:
+    def calls(n: int) -> None:
+        for _ in range(n):
+            call()
+
+    return calls
+
+
+def _free_bytes() -> int:
+    cupy.get_default_memory_pool().free_all_blocks()  # what an earlier probe held
+    free, _ = cupy.cuda.Device().mem_info
+    return int(free)
+
+
+def _pinned() -> Array:
+    """Return page-locked host memory, written once."""
+    host = np.frombuffer(cupy.cuda.alloc_pinned_memory(COPIED_BYTES), np.uint8, COPIED_BYTES)
+    host[:] = 0
+    return host
+
+
+def copy_in(threads: int, seconds: float) -> float:
+    """Return bytes a second from page-locked host memory to the device."""
+    host, device = _pinned(), cupy.empty(COPIED_BYTES, np.uint8)
+    stream = cupy.cuda.get_current_stream()
+    copy = _repeated(lambda: device.data.copy_from_host_async(host.ctypes.data, COPIED_BYTES, stream))
+    return best_rate(copy, COPIED_BYTES, seconds)
+
+
+def copy_out(threads: int, seconds: float) -> float:
+    """Return bytes a second from the device to page-locked host memory."""
+    host, device = _pinned(), cupy.zeros(COPIED_BYTES, np.uint8)
+    stream = cupy.cuda.get_current_stream()
+    copy = _repeated(lambda: device.data.copy_to_host_async(host.ctypes.data, COPIED_BYTES, stream))
+    return best_rate(copy, COPIED_BYTES, seconds)
+
+
+def read(threads: int, seconds: float) -> float:
+    """Return bytes a second read from the device's memory."""
+    attributes = cupy.cuda.Device().attributes
+    n_words = stream_bytes(attributes["L2CacheSize"], _free_bytes()) // WORD_BYTES
+    words, out = cupy.zeros(n_words * WORD_BYTES, np.uint8), cupy.zeros(1, np.uint32)
+    kernel = _module(read_source()).get_function("read_words")
+    grid = (BLOCKS * attributes["MultiProcessorCount"],)
+    call = _repeated(lambda: kernel(grid, (READ_THREADS,), (words, out, np.int64(n_words))))
+    return best_rate(call, n_words * WORD_BYTES, seconds)
+
+
+@functools.cache
+def _module(source: str) -> Any:
+    return cupy.RawModule(code=source, options=("--std=c++17",))
+
+
+def _chains(name: str, dtype: type[np.floating[Any]], factor: float, term: float, seconds: float) -> float:
+    blocks = BLOCKS * cupy.cuda.Device().attributes["MultiProcessorCount"]
+    kernel = _module(chain_source(np.dtype(dtype).name)).get_function(name)
+    out = cupy.zeros(blocks, dtype)
+    given = out, dtype(0), dtype(factor), dtype(term)
+    amount = blocks * THREADS * CHAINS * STEPS
+    return best_rate(lambda n: kernel((blocks,), (THREADS,), (*given, np.int32(n))), amount, seconds)
+
+
+def add_float32(threads: int, seconds: float) -> float:
+    """Return additions of float32 a second."""
+    return _chains("add_chains", np.float32, -1.0, 1e-3, seconds)
+
+
+def add_float64(threads: int, seconds: float) -> float:
+    """Return additions of float64 a second."""
+    return _chains("add_chains", np.float64, -1.0, 1e-3, seconds)
+
+
+def fma_float32(threads: int, seconds: float) -> float:
+    """Return fused multiply-adds of float32 a second, each counted as one."""
+    return _chains("fma_chains", np.float32, 0.5, 0.5, seconds)
+
+
+def fma_float64(threads: int, seconds: float) -> float:
+    """Return fused multiply-adds of float64 a second, each counted as one."""
+    return _chains("fma_chains", np.float64, 0.5, 0.5, seconds)
+
+
+def _gemm(dtype: type[np.floating[Any]], seconds: float) -> float:
+    if os.environ.get("CUPY_TF32", "0") != "0":
+        raise BackendUnavailableError("$CUPY_TF32 lets cuBLAS round float32 to 11 bits; unset it")
+    size = np.dtype(dtype).itemsize
+    most = min(MOST_ROWS, int((_free_bytes() / MEMORY_SHARE / (4 * size)) ** 0.5))
+    if most < LEAST_ROWS:
+        raise OverBudgetError(f"the device has no memory left for matrices of {LEAST_ROWS} x {LEAST_ROWS}")
+
+    def product_rate(n: int) -> tuple[float, float]:
+        # Equal numbers take less power, and so are multiplied at a higher clock than others.
+        a, b = cupy.ones((n, n), dtype), cupy.ones((n, n), dtype)
+        rate = best_rate(_repeated(lambda: cupy.matmul(a, b)), float(n) ** 3, seconds / 2)
+        return rate, n**3 / rate
+
+    return growing_products(product_rate, seconds, most)
+
+
+def gemm_float16(threads: int, seconds: float) -> float:
+    """Return multiply-adds of float16 a second in a matrix product of cuBLAS, which sums in float32."""
+    return _gemm(np.float16, seconds)
+
+
+def gemm_float32(threads: int, seconds: float) -> float:
+    """Return multiply-adds of float32 a second in a matrix product of cuBLAS."""
+    return _gemm(np.float32, seconds)
+
+
+def gemm_float64(threads: int, seconds: float) -> float:
+    """Return multiply-adds of float64 a second in a matrix product of cuBLAS."""
+    return _gemm(np.float64, seconds)

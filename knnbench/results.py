@@ -1,0 +1,334 @@
+"""What a measurement is, and the file of JSON lines that keeps it.
+
+One line is one cell: one backend on one case. It stands for itself, so that files can be cut and joined.
+Fields may be added within a schema version; a change of what one means raises `SCHEMA_VERSION`.
+
+>>> record = Record(op="knn", backend="numba", metric="cityblock", dataset="mnist", dtype="uint8", k=3,
+...                 n_queries=10_000, n_corpus=60_000, n_features=784, status="ok",
+...                 phases={"call": [0.31, 0.30, 0.32]}, measured_queries=100, measured_corpus=60_000)
+>>> record.case
+'knn/cityblock/mnist/uint8/10000x60000x784/k3'
+>>> record.median_s, record.is_sampled
+(0.31, True)
+"""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from knnbench.errors import InvalidInputError
+
+__all__ = [
+    "PHASES",
+    "SCHEMA_VERSION",
+    "STATUSES",
+    "Record",
+    "append_record",
+    "case_name",
+    "median_interval",
+    "parse_records",
+    "read_records",
+]
+
+SCHEMA_VERSION = 2
+
+STATUSES: dict[str, str] = {
+    "ok": "measured, and the answer is right",
+    "absent": "the backend does not work on this machine",
+    "unsupported": "the backend lacks the operation, metric, dtype or k",
+    "wrong": "the answer is not right; the time counts for nothing",
+    "impossible": "faster than the machine can be, by a ceiling measured three times; the time counts for nothing",
+    "over-budget": "the memory budget cannot hold the computation",
+    "out-of-memory": "the machine's memory ran out",
+    "crashed": "the process ended by a signal or an error",
+    "timed-out": "no answer in the time allowed; the process was ended",
+}
+"""Every status of a cell, and what it means."""
+
+PHASES: dict[str, str] = {
+    "import": "until the backend could compute: its library loaded, its answer to a 2 x 2 problem checked",
+    "prepare": "the corpus checked, packed and copied",
+    "first_call": "the first call of the case, on a few rows, which compiles where a backend compiles",
+    "copy_in": "the queries of one call, from the host to the device; absent on a CPU",
+    "call": "one call, from queries on the host to the answer on the host; without any of the phases above",
+    "compute": "one call whose queries and answer stay on the device; absent on a CPU, where it is `call`",
+    "device": "of each `compute`, what the device's own clock says",
+    "copy_out": "the answer of one call, from the device to the host; absent on a CPU",
+}
+"""The phases of a measurement, each kept apart from the others."""
+
+# One interval of the median in so many misses it: 95 % confidence.
+MISSES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One cell.
+
+    Attributes
+    ----------
+    op : {"knn", "pairwise"}
+    backend, metric, dataset, dtype : str
+        `dtype` is that of the data given; peers convert it when they prepare the corpus.
+    k : int or None
+        None for ``"pairwise"``.
+    n_queries, n_corpus, n_features : int
+        The case's.
+    status, reason : str
+        One of `STATUSES`; the reason is empty if it is ``"ok"``.
+    measured_queries, measured_corpus : int
+        Rows in each timed call; fewer than the case's where all of them would not have fitted the time.
+        0 if nothing was measured.
+    peer : bool
+        Whether the backend is another project's search.
+    twin : bool
+        Whether this is the second process of a pair of the same backend, whose difference is the noise.
+    complete : bool
+        False while the rounds of the case go on: what an interrupted run left.
+    phases : dict of str to list of float
+        Seconds of each sample, in order, by the names of `PHASES`.
+    error : float or None
+        max |d - d_ref| / max d_ref against float64 by the direct form, on `n_checked` queries, of which half
+        were put in the place of others after the timed calls.
+    recall : float or None
+        Share of the neighbours returned whose reference distance is at most the k-th reference distance
+        (with a tolerance of 1e-3 of it, so that ties do not count as errors); None for ``"pairwise"``.
+    n_checked : int
+        Queries whose answers were checked.
+    floor_s, bound : float or None, str
+        The least seconds that a call can take on this machine, and the ceiling that says so
+        (`knnbench.measure.ceilings`); None where the backend does not tell which operations it does.
+    peak_bytes, peak_device_bytes : int or None
+        Most memory held during the timed calls beyond what was held before them: resident on the host, and
+        on the device.
+    contention : float or None
+        CPU time that other processes took during the timed calls, as a share of the CPUs' time.
+    threads : int
+    version, library : str
+        Of knnbench, and of the backend's library.
+    libraries : dict of str to str
+        Versions of the numerical libraries that the process had loaded.
+    blas : list of dict
+        Each thread pool that the process had loaded: ``name``, ``version``, ``threads``.
+    commit, dirty : str, bool
+        Of knnbench's sources, and whether they differed from it; empty if they are not in a git checkout.
+    run, started : str
+        A name for the run, and when it began (ISO 8601, UTC); the same for all its cells.
+    machine : dict
+        `knnbench.measure.machine.describe_machine`.
+    schema : int
+        `SCHEMA_VERSION` at the time.
+    """
+
+    op: str
+    backend: str
+    metric: str
+    dataset: str
+    dtype: str
+    k: int | None
+    n_queries: int
+    n_corpus: int
+    n_features: int
+    status: str
+    reason: str = ""
+    measured_queries: int = 0
+    measured_corpus: int = 0
+    peer: bool = False
+    twin: bool = False
+    complete: bool = True
+    phases: dict[str, list[float]] = field(default_factory=dict)
+    error: float | None = None
+    recall: float | None = None
+    n_checked: int = 0
+    floor_s: float | None = None
+    bound: str = ""
+    peak_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    contention: float | None = None
+    threads: int = 0
+    version: str = ""
+    library: str = ""
+    libraries: dict[str, str] = field(default_factory=dict)
+    blas: list[dict[str, Any]] = field(default_factory=list)
+    commit: str = ""
+    dirty: bool = False
+    run: str = ""
+    started: str = ""
+    machine: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA_VERSION
+
+    @property
+    def case(self) -> str:
+        """Name of what was to be computed, the same for every backend, machine and commit."""
+        return case_name(
+            self.op, self.metric, self.dataset, self.dtype, (self.n_queries, self.n_corpus, self.n_features), self.k
+        )
+
+    @property
+    def times_s(self) -> list[float]:
+        """Seconds of each timed call."""
+        return self.phases.get("call", [])
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether queries or corpus rows were left out, to stay within the time."""
+        return bool(self.times_s) and (self.measured_queries, self.measured_corpus) != (self.n_queries, self.n_corpus)
+
+    @property
+    def pair_features(self) -> int:
+        """Features of pairs that one timed call goes through."""
+        return self.measured_queries * self.measured_corpus * self.n_features
+
+    @property
+    def median_s(self) -> float | None:
+        """Median seconds of the timed calls; None if there are none."""
+        return statistics.median(self.times_s) if self.times_s else None
+
+    @property
+    def interval_s(self) -> tuple[float, float] | None:
+        """Interval of the median (`median_interval`); None if there are no timed calls."""
+        return median_interval(self.times_s)[1:] if self.times_s else None
+
+    @property
+    def seconds_per_pair(self) -> float | None:
+        """Median seconds for one feature of one pair of a query and a corpus row."""
+        return None if self.median_s is None else self.median_s / self.pair_features
+
+    @property
+    def queries_per_s(self) -> float | None:
+        """Queries per second against the corpus that was measured."""
+        return None if self.median_s is None else self.measured_queries / self.median_s
+
+    @property
+    def fraction_of_floor(self) -> float | None:
+        """The least seconds that the machine allows, divided by the seconds taken: 1 at the machine's limit."""
+        return None if self.median_s is None or self.floor_s is None else self.floor_s / self.median_s
+
+    def phase_s(self, name: str) -> float | None:
+        """Return the median seconds of a phase; None if it was not measured."""
+        samples = self.phases.get(name)
+        return statistics.median(samples) if samples else None
+
+    def to_json(self) -> str:
+        """Return the record as one line of JSON, without the newline."""
+        return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False)
+
+
+def case_name(op: str, metric: str, dataset: str, dtype: str, shape: tuple[int, int, int], k: int | None) -> str:
+    """Return the name of a case; `shape` is (n_queries, n_corpus, n_features)."""
+    name = f"{op}/{metric}/{dataset}/{dtype}/{'x'.join(map(str, shape))}"
+    return name if k is None else f"{name}/k{k}"
+
+
+def median_interval(times: list[float]) -> tuple[float, float, float]:
+    """Return the median and an interval for it.
+
+    The interval lies between the (i + 1)-th smallest and the (i + 1)-th largest time, with the largest i for
+    which it covers the median with at least 95 % confidence, whatever the distribution. Fewer than six times
+    cannot give that: then it is their whole range.
+
+    References
+    ----------
+    W. J. Conover, Practical Nonparametric Statistics, 3rd ed., Wiley 1999, section 3.2.
+
+    Examples
+    --------
+    >>> median_interval([3.0, 1.0, 2.0])
+    (2.0, 1.0, 3.0)
+    >>> median_interval([float(i) for i in range(9)])
+    (4.0, 1.0, 7.0)
+    """
+    ordered, n, outside, i = sorted(times), len(times), 0, -1
+    # In integers: 2**n leaves the range of floats at 1,024 times.
+    while 2 * MISSES * (outside := outside + math.comb(n, i + 1)) <= 2**n:
+        i += 1
+    return statistics.median(ordered), ordered[max(i, 0)], ordered[-1 - max(i, 0)]
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Append a record to a file, and see it written to the disk: nothing measured is lost by a later crash.
+
+    Raises
+    ------
+    OSError
+        If the disk is full or the file cannot be written; what part of the line was written is taken back.
+    """
+    # Unbuffered, so that nothing is left to be written once an error has been seen.
+    with path.open("ab+", buffering=0) as file:
+        size = file.tell()
+        file.seek(max(0, size - 1))
+        # A crash cut the last line short: what follows must not become part of it.
+        gap = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        left = gap + record.to_json().encode() + b"\n"
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the records of a file, in their order.
+
+    A line that a crash cut short is left out. Unknown fields, of a later version, are left out too. Records of
+    schema version 1 are brought to the present one.
+
+    Raises
+    ------
+    InvalidInputError
+        If the file cannot be read, or any other line is not a record of a schema version known here.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise InvalidInputError(f"records cannot be read from {path}: {reason}.") from None
+    return list(parse_records(text.splitlines(), str(path)))
+
+
+def parse_records(lines: Iterable[str], where: str, first_line: int = 1) -> Iterator[Record]:
+    """Yield the record of each line, as `read_records`; `where` and the number of the first line are for errors."""
+    known = {entry.name for entry in fields(Record)}
+    for number, line in enumerate(lines, first_line):
+        try:
+            data = json.loads(line)
+        except ValueError:
+            if line.startswith(('{"op":', '{"backend":')):  # how every record begins
+                continue
+            raise InvalidInputError(f"{where} line {number} is not a knnbench record: not JSON.") from None
+        try:
+            if data["schema"] > SCHEMA_VERSION:
+                raise InvalidInputError(
+                    f"{where} line {number} has schema version {data['schema']}; this knnbench knows versions up to "
+                    f"{SCHEMA_VERSION}: upgrade it to read the file."
+                )
+            data = _from_version_1(data) if data["schema"] == 1 else data
+            yield Record(**{name: value for name, value in data.items() if name in known})
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            raise InvalidInputError(f"{where} line {number} is not a knnbench record: {error}.") from None
+
+
+def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record of schema version 1, which kept neither the operation nor the case's own sizes."""
+    named = {"import": "import_s", "prepare": "prepare_s", "first_call": "first_call_s"}
+    phases = {phase: [data[old]] for phase, old in named.items() if data.get(old) is not None}
+    commit = data.get("commit", "")
+    return {
+        **data,
+        "op": "knn",
+        "measured_queries": data["n_queries"] if data.get("times_s") else 0,
+        "measured_corpus": data["n_corpus"] if data.get("times_s") else 0,
+        "phases": {**phases, "call": data["times_s"]} if data.get("times_s") else phases,
+        "commit": commit.removesuffix("-dirty"),
+        "dirty": commit.endswith("-dirty"),
+        "run": data.get("started", ""),
+    }
