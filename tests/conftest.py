@@ -43,6 +43,17 @@ def required_backends(text: str) -> frozenset[str]:
 
 REQUIRED = required_backends(os.environ.get(REQUIRE_VARIABLE, ""))
 
+# Of pytest-benchmark: asking for any of these asks for times, also where --benchmark-only is forgotten. A comparison
+# that timed nothing would pass.
+ASK_FOR_TIMES = ("only", "enable", "save", "autosave", "json", "compare", "compare_fail")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let benchmarks run once and untimed, as tests of their answers, unless times are asked for."""
+    # pytest-benchmark reads the option in a hook that runs last.
+    if not any(config.getoption(f"benchmark_{name}") for name in ASK_FOR_TIMES):
+        config.option.benchmark_disable = True
+
 
 def as_parameter(name: str) -> Any:
     """Return the parameter of a backend, marked if it needs a GPU: what installs such a backend says so."""
