@@ -225,9 +225,10 @@ def test_a_benchmark_has_a_version_a_timeout_and_samples_enough(kind, name):
     assert kind.timeout >= 60
     if name.startswith("time_"):
         least, most, seconds = kind.repeat
-        # 6 a side are asv's blind spot.
-        assert kind.rounds == 2
-        assert 7 <= least <= most
+        # Processes differ by more than calls do.
+        assert kind.rounds >= 5
+        assert 2 <= least <= most
+        # 6 samples a side are asv's blind spot.
         assert kind.rounds * least >= 10
         assert seconds < kind.timeout / 10
         # What asv_runner 0.3 makes of 0 where there is a setup; so that both series are one.
