@@ -170,6 +170,11 @@ class Record:
         )
 
     @property
+    def cell(self) -> tuple[str, str, bool]:
+        """Case, backend and whether a twin: what tells the cells of a run apart."""
+        return self.case, self.backend, self.twin
+
+    @property
     def times_s(self) -> list[float]:
         """Seconds of each timed call."""
         return self.phases.get("call", [])

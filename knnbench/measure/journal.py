@@ -94,12 +94,11 @@ class Journal:
             If they cannot be written, for example because the disk is full.
         """
         for record in records:
-            key = record.case, record.backend, record.twin
             if record.complete:
                 append_record(self._path, record)
-                self._partial.pop(key, None)
+                self._partial.pop(record.cell, None)
             elif record.times_s:
-                self._partial[key] = record
+                self._partial[record.cell] = record
             self._run = {"run": record.run, "started": record.started}
         self._write_partial()
 
@@ -138,10 +137,10 @@ class Journal:
             header = json.loads(first)
         if header.get("unfinished") == self._plan and not self._fresh:
             of_run = [record for record in before if record.run and record.run == header.get("run")]
-            done = {(record.case, record.backend, record.twin) for record in of_run if record.complete}
-            left = [record for record in left if (record.case, record.backend, record.twin) not in done]
+            done = {record.cell for record in of_run if record.complete}
+            left = [record for record in left if record.cell not in done]
             self.earlier = [*of_run, *left]
-            self._partial = {(record.case, record.backend, record.twin): record for record in left}
+            self._partial = {record.cell: record for record in left}
             self._run = {name: header[name] for name in ("run", "started") if name in header}
             return
         for record in left:  # of another plan: kept as far as it is

@@ -242,7 +242,7 @@ class _Run:
     def __init__(self, plan: Plan, earlier: list[Record], folder: Path) -> None:
         self._plan, self._folder = plan, folder
         self._random = random.Random(plan.seed)
-        self._earlier = {(record.case, record.backend, record.twin): record for record in earlier}
+        self._earlier = {record.cell: record for record in earlier}
         self._seats: dict[tuple[str, bool], _Seat] = {}
         self._ceilings = Ceilings(plan.threads)
         commit, dirty = source_commit()
@@ -288,11 +288,11 @@ class _Run:
         cells: list[_Cell] = []
         for number, (backend, twin) in enumerate(self._shuffled(missing)):
             yield Update(f"{label}: {backend}, preparing", 0.5 * number / len(missing))
-            cells += self._opened(case, backend, twin, references)
+            cells.append(self._opened(case, backend, twin, references))
         if self._plan.twins and not any(twin for _, twin in wanted):
             for fastest in self._fastest(cells):
                 yield Update(f"{label}: {fastest.record.backend} again, preparing", 0.5)
-                cells += self._opened(case, fastest.record.backend, True, references, like=fastest)
+                cells.append(self._opened(case, fastest.record.backend, True, references, like=fastest))
         yield Update(label, 0.5, [cell.record for cell in cells])
         yield from self._rounds(label, cells)
 
@@ -318,8 +318,8 @@ class _Run:
         yield Update(label, 1.0, [cell.record for cell in measured])
 
     def _opened(
-        self, case: Case, backend: str, twin: bool, references: tuple[str, str], like: "_Cell | None" = None
-    ) -> list[_Cell]:
+        self, case: Case, backend: str, twin: bool, references: tuple[str, str], like: _Cell | None = None
+    ) -> _Cell:
         """Return the cell of a backend, with the case opened as it was before, or as `like` has it."""
         seat = self._seats.setdefault((backend, twin), _Seat(backend, self._plan.threads, self._limit_s))
         own: dict[str, Any] = {
@@ -334,7 +334,7 @@ class _Run:
         known = before or (like.record if like else None)
         sizes = (known.measured_queries, known.measured_corpus) if known and known.measured_queries else None
         cell.open(Opening(case, self._plan.case_s, *references, sizes=sizes))
-        return [cell]
+        return cell
 
     def _fastest(self, cells: list[_Cell]) -> list[_Cell]:
         """Return, for each device, the cell that takes least for a pair."""
