@@ -203,7 +203,7 @@ def test_a_case_is_measured_with_its_copies_apart(op, tmp_path):
     paths = [str(tmp_path / name) for name in ("first.npy", "changed.npy")]
     for path, rows in zip(paths, (queries[:8], corpus[-8:]), strict=True):
         np.save(path, reference_distances(rows, corpus, "cityblock"))
-    measured = worker._Case(BACKEND, worker.Opening(case, 0.05, *paths))
+    measured = worker._Case(BACKEND, worker.Opening(case, 0.05, *paths, sizes=(8, 60)))
     opened = measured.open()
     assert (opened["status"], opened["reason"]) == ("ok", "")
     assert opened["phases"].keys() == {"prepare", "first_call", "copy_in", "compute", "device", "copy_out"}

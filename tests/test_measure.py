@@ -148,7 +148,7 @@ def cells(*names, **options):
 
 def test_a_good_backend_is_measured_and_checked(misbehaving, monkeypatch):
     monkeypatch.setattr(ceilings.Ceilings, "_run", MEASURED_RUN)
-    (cell,) = cells("good", n_queries=30, k=5)
+    (cell,) = cells("good", n_queries=30, k=5, case_s=0.5)
     assert (cell.status, cell.reason) == ("ok", "")
     assert cell.case == "knn/euclidean/digits/uint8/30x300x64/k5"
     assert (cell.measured_queries, cell.measured_corpus) == (30, 300)
@@ -321,7 +321,8 @@ def test_a_run_goes_on_from_what_it_has(misbehaving):
         assert len(cell.times_s) > len(before.times_s)
         assert cell.measured_queries == before.measured_queries
         assert len(cell.phases["import"]) == 2  # in two processes
-        assert (cell.run, cell.status, cell.n_checked) == (before.run, "ok", 16)
+        n_checked = 2 * min(worker.CHECKED_QUERIES, before.measured_queries)
+        assert (cell.run, cell.status, cell.n_checked) == (before.run, "ok", n_checked)
     assert run(plan, [*seen, *later]) == []
 
 
