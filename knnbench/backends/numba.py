@@ -1,37 +1,66 @@
-"""numba on the CPU: loops compiled from the metrics' own scalar functions, on all cores."""
+"""numba on the CPU: vector instructions in tiles that fit the registers, on all cores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 
-from knnbench.blocking import block_shape, chunk_rows, slices
+from knnbench.blocking import block_shape, slices
 from knnbench.dtypes import Array
-from knnbench.kernels.cpu_tiles import no_norms, tile_kernels
+from knnbench.kernels.cpu_tiles import TileKernels, tile_kernels
 from knnbench.metrics import Space
+from knnbench.ordering import merge_topk
 from knnbench.threads import thread_count
 
 from .base import Capabilities, HostBackend, Native, float_operations
 
 __all__ = ["NumbaBackend"]
 
-# Queries a task at the most: enough that a tile of the corpus is used often while it is in the cache, few
-# enough that the tasks of all threads end at about the same time, and that Ctrl-C is answered soon.
-TASK_QUERIES = 32
+# Queries a task at the most: so many that packing a corpus row is little against comparing it with all of them, and
+# that the last task of a call, for which the other threads wait, is short.
+TASK_QUERIES = 480
+
+# Up to so many queries, corpus rows are compared as they lie: packing a row takes as long as comparing it with a few.
+FEW_QUERIES = 4
+
+# From so many features on, products filter squared distances of floats; below, the direct form is as fast.
+FILTERED_FEATURES = 16
+
+# The ceiling that an operation's instruction has in `knnbench.measure.ceilings`.
+CEILING_OF = {"absolute-uint8": "sad-uint8", "product-int16": "madd-int16", "product-uint8": "dot-uint8"}
+
+# Features of all pairs, below which a call ends before a second thread would have started.
+SMALL = 1 << 23
+
+# Pairs of a block whose distances are finished while they are in the cache.
+FINISHED_PAIRS = 1 << 17
+
+# Corpus rows whose mean stands for the corpus's: differences do not depend on it, only the filter's sharpness does.
+CENTRE_ROWS = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TileCorpus:
-    """Rows as the metric accumulates them, and their squared norms if the ranking looks at them."""
+    """Rows as the metric accumulates them."""
 
     rows: Array
-    norms: Array
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def centre(self) -> Array:
+        """A point amid the rows, by which they are centred."""
+        sample = self.rows[:: max(1, len(self.rows) // CENTRE_ROWS)]
+        mean: Array = sample.mean(axis=0, dtype=np.float64)
+        return mean.astype(self.rows.dtype)
 
 
 class NumbaBackend(HostBackend):
-    """Every distance by the direct form, selection fused, a thread for each CPU.
+    """Search in tiles of registers, selection fused, a thread for each CPU.
 
     The kernels release the interpreter lock and run in Python's threads: unlike numba's own parallel
     loops these start no pool that outlives the call, spins, forbids forks or aborts on concurrent calls.
@@ -40,77 +69,137 @@ class NumbaBackend(HostBackend):
     capabilities: ClassVar[Capabilities] = Capabilities(device="cpu")
 
     def prepare(self, corpus: Native, space: Space) -> TileCorpus:
-        """Return the prepared rows with their norms."""
-        if not space.is_integer:
-            return TileCorpus(space.metric.prepare_rows(np, corpus), no_norms())
-        return TileCorpus(corpus, squared_norms(corpus) if space.form.rank_uses_norms else no_norms())
+        """Return the prepared rows."""
+        return TileCorpus(prepared_rows(corpus, space))
 
     def pairwise(self, queries: Native, prepared: TileCorpus, space: Space, budget: int) -> Native:
         """Return all distances."""
-        kernel, n_corpus = tile_kernels(space).pairwise, len(prepared.rows)
+        kernels, n_corpus = tile_kernels(space), len(prepared)
         result = np.empty((len(queries), n_corpus), space.output)
         # Values ranked in another dtype than they are answered in need an array between; a root makes two more.
         is_direct = space.ranked == space.output
+        tasks = _Tasks(kernels, space, len(queries), n_corpus, budget, per_query=3 * 8)
+        columns = max(1, min(n_corpus, FINISHED_PAIRS // tasks.queries, tasks.spare // (3 * 8 * tasks.queries)))
 
         def task(rows: slice) -> None:
-            block = self.prepare(queries[rows], space)
-            values = result[rows] if is_direct else np.empty((len(block.rows), n_corpus), space.ranked)
-            kernel(block.rows, prepared.rows, block.norms, prepared.norms, values)
-            finished = space.finish(values)
-            if finished is not values:
-                result[rows] = finished
+            block = prepared_rows(queries[rows], space)
+            work = kernels.workspace(len(block), space.n_features)
+            for part in slices(n_corpus, columns):
+                target = result[rows, part]
+                values = target if is_direct else np.empty(target.shape, space.ranked)
+                kernels.pairwise(block, prepared.rows, part.start, part.stop, *work.arrays, values)
+                finished = space.finish(values)
+                if finished is not target:
+                    target[...] = finished
 
-        row_bytes = 3 * 8 * n_corpus + query_bytes(space)
-        threads = max(1, min(thread_count(), budget // row_bytes))
-        step, _ = block_shape(len(queries), 1, budget=budget // threads, per_pair=row_bytes, max_queries=TASK_QUERIES)
-        run_tasks(task, len(queries), step, threads)
+        run_tasks(task, tasks.blocks, tasks.threads)
         return result
 
     def knn(self, queries: Native, prepared: TileCorpus, k: int, space: Space, budget: int) -> tuple[Native, Native]:
         """Return the k nearest."""
-        kernel = tile_kernels(space).knn
-        values = np.empty((len(queries), k), space.ranked)
-        indices = np.empty((len(queries), k), np.int64)
+        n_queries, n_corpus = len(queries), len(prepared)
+        direct = tile_kernels(space)
+        filtering = tile_kernels(space, filtered=True) if _is_filtered(space, k, n_corpus) else None
+        tasks = _Tasks(direct, space, n_queries, n_corpus, budget, k=k)
+        in_rows = n_queries <= FEW_QUERIES and space.n_features >= direct.plan.rows.features
+        lists = [(np.empty((n_queries, min(k, part.stop - part.start)), space.ranked), part) for part in tasks.parts]
+        found = [(values, np.empty(values.shape, np.int64), part) for values, part in lists]
 
-        def task(rows: slice) -> None:
-            block = self.prepare(queries[rows], space)
-            kernel(block.rows, prepared.rows, block.norms, prepared.norms, values[rows], indices[rows])
+        def task(piece: tuple[slice, int]) -> None:
+            rows, number = piece
+            values, indices, part = found[number]
+            block, heap = prepared_rows(queries[rows], space), (values[rows], indices[rows])
+            first = start = part.start
+            work = direct.workspace(len(block), space.n_features)
+            if in_rows:
+                direct.knn_rows(block, prepared.rows, first, part.stop, work.query_norms, work.values, *heap)
+            else:
+                if filtering is not None:
+                    filtered = filtering.workspace(len(block), space.n_features, prepared.centre)
+                    start = filtering.knn(
+                        block, prepared.rows, first, start, part.stop, space.gram_error, *filtered.arrays, *heap
+                    )
+                if start < part.stop:
+                    direct.knn(block, prepared.rows, first, start, part.stop, 0.0, *work.arrays, *heap)
+            direct.order(block, prepared.rows, *heap, work.values)
 
-        threads = max(1, min(thread_count(), budget // query_bytes(space)))
-        step, _ = block_shape(
-            len(queries), 1, budget=budget // threads, per_pair=query_bytes(space), max_queries=TASK_QUERIES
-        )
-        run_tasks(task, len(queries), step, threads)
-        return values, indices
+        run_tasks(task, [(rows, n) for rows in tasks.blocks for n in range(len(found))], tasks.threads)
+        ranked, nearest = found[0][:2]
+        for values, indices, _ in found[1:]:
+            ranked, nearest = merge_topk((ranked, nearest), (values, indices), k)
+        return ranked, nearest
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
-        """Return those of the direct form on floats; of integers, what the compiler makes of them is not known."""
-        return {} if space.is_integer else float_operations("cpu", space, product=False)
+        """Return the instruction of the kernel's inner loop, where one is known to bind it."""
+        if not space.is_integer:
+            return float_operations("cpu", space, product=op == "knn" and _is_filtered(space, 1, 8))
+        return {
+            CEILING_OF[name]: 1.0 for name in [tile_kernels(space).plan.panels.operation.name] if name in CEILING_OF
+        }
 
 
-def query_bytes(space: Space) -> int:
+def _is_filtered(space: Space, k: int, n_corpus: int) -> bool:
+    """Return whether squared distances are filtered by products: not if most rows are wanted anyway."""
+    has_product = not space.is_integer and space.form.from_dot is not None
+    return has_product and space.n_features >= FILTERED_FEATURES and 8 * k <= n_corpus
+
+
+class _Tasks:
+    """How a call is cut into tasks: blocks of queries, and parts of the corpus.
+
+    Attributes
+    ----------
+    queries : int
+        Of a block at the most.
+    blocks, parts : list of slice
+    threads : int
+    spare : int
+        Bytes of the budget that a task leaves.
+    """
+
+    def __init__(
+        self, kernels: TileKernels, space: Space, n_queries: int, n_corpus: int, budget: int, *, k: int = 0,
+        per_query: int = 0,
+    ) -> None:  # fmt: skip
+        height = kernels.plan.panels.tile_shape[0]
+        per_tile, fixed = kernels.workspace_bytes(space.n_features)
+        per_tile = 2 * per_tile + height * (per_query + prepared_bytes(space))  # twice: filtered, and direct
+        fixed *= 2
+        is_small = n_queries * n_corpus * space.n_features < SMALL
+        threads = 1 if is_small else max(1, min(thread_count(), budget // (fixed + per_tile)))
+        # Parts have lists of their own, and merging holds some copies of them.
+        in_parts = n_queries < 2 * threads * TASK_QUERIES and 8 * k * threads <= n_corpus
+        in_parts &= 0 < 8 * threads * n_queries * k * 16 <= budget // 2
+        self.parts = list(slices(n_corpus, -(-n_corpus // threads) if in_parts else n_corpus))
+        share = (budget // 2 if in_parts else budget) // threads
+        each = n_queries if in_parts else -(-n_queries // threads)
+        tiles, _ = block_shape(
+            -(-min(each, TASK_QUERIES) // height), 1, budget=share - fixed, per_pair=per_tile, max_queries=n_queries
+        )
+        self.queries, self.threads, self.spare = tiles * height, threads, share - fixed - tiles * per_tile
+        self.blocks = list(slices(n_queries, self.queries))
+
+
+def prepared_rows(rows: Array, space: Space) -> Array:
+    """Return rows as the metric accumulates them."""
+    return rows if space.is_integer else space.metric.prepare_rows(np, rows)
+
+
+def prepared_bytes(space: Space) -> int:
     """Return what is held to prepare one query: several copies where rows are scaled to unit length."""
-    return 64 + (8 * 8 * space.n_features if space.metric.unit_rows else 0)
+    return 8 * 8 * space.n_features if space.metric.unit_rows and not space.is_integer else 0
 
 
-def squared_norms(rows: Array) -> Array:
-    """Return the squared norms of uint8 rows as float64, which holds them exactly."""
-    norms = np.empty(len(rows))
-    for chunk in slices(len(rows), chunk_rows(rows.shape[1])):
-        norms[chunk] = np.einsum("nf,nf->n", rows[chunk], rows[chunk], dtype=np.int64, casting="safe")
-    return norms
-
-
-def run_tasks(task: Callable[[slice], Any], n_queries: int, most: int, threads: int) -> None:
-    """Run `task` on blocks of at most `most` queries, on some threads."""
-    blocks = list(slices(n_queries, min(most, -(-n_queries // threads))))
-    if len(blocks) == 1 or threads == 1:
-        for block in blocks:
-            task(block)
+def run_tasks(task: Callable[[Any], Any], pieces: Iterable[Any], threads: int) -> None:
+    """Run `task` on all pieces, on some threads."""
+    pieces = list(pieces)
+    if len(pieces) == 1 or threads == 1:
+        for piece in pieces:
+            task(piece)
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(min(threads, len(pieces))) as pool:
         try:
-            for _ in pool.map(task, blocks):
+            for _ in pool.map(task, pieces):
                 pass
         except BaseException:
             # Ctrl-C: let the running tasks end, start no more.

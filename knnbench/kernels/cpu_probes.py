@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils as untyped_cgutils
 from numba.extending import intrinsic as untyped_intrinsic
@@ -19,6 +19,8 @@ from numba.extending import intrinsic as untyped_intrinsic
 from knnbench.dtypes import Array
 from knnbench.errors import UnsupportedError
 from knnbench.kernels.compilation import compile_cached
+from knnbench.kernels.cpu_loops import emit_loop
+from knnbench.kernels.cpu_simd import Vectors, call, cpu_features, simd_level, vectors_named, vectors_of
 
 __all__ = [
     "ALIGNMENT",
@@ -31,6 +33,9 @@ __all__ = [
     "copy_words",
     "fma_chains",
     "fma_step",
+    "instruction_chains",
+    "instruction_operations",
+    "instruction_vectors",
     "read_words",
     "require_fma",
     "starts",
@@ -46,7 +51,7 @@ CHUNK_BYTES = STREAM_VECTORS * ALIGNMENT
 
 # numba's annotations cover neither its tools for code generation nor what its decorator makes of a function.
 cgutils: Any = untyped_cgutils
-intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = untyped_intrinsic
+intrinsic: Callable[..., Callable[[Any], Any]] = untyped_intrinsic
 
 Step = Callable[[ir.IRBuilder, ir.Value, list[ir.Value]], ir.Value]
 
@@ -60,24 +65,19 @@ def accumulators(arch: str = platform.machine()) -> int:
     return 24 if arch.lower() in ("aarch64", "arm64") else 12
 
 
-@functools.cache
-def _features() -> dict[str, bool]:
-    return dict(binding.get_host_cpu_features())
-
-
 def vector_bytes() -> tuple[int, ...]:
     """Return the widths of the vectors to try, the widest first.
 
     Where there are 64 bytes, 32 are tried too: some CPUs execute half as many of the wide ones, at a lower clock.
     """
-    if _features().get("avx512f"):
+    if "avx512f" in cpu_features():
         return 64, 32
-    return (32,) if _features().get("avx") else (16,)
+    return (32,) if "avx" in cpu_features() else (16,)
 
 
 def require_fma() -> None:
     """Raise `UnsupportedError` if the CPU has no fused multiply-add: LLVM would call a function instead."""
-    if platform.machine().lower() in ("x86_64", "amd64") and not _features().get("fma"):
+    if platform.machine().lower() in ("x86_64", "amd64") and "fma" not in cpu_features():
         raise UnsupportedError("this CPU has no fused multiply-add")
 
 
@@ -163,7 +163,7 @@ def fma_step(builder: ir.IRBuilder, value: ir.Value, given: list[ir.Value]) -> i
 
 
 # numba keeps in its cache what refers to an intrinsic as a global, and not what closes over one.
-@intrinsic
+@intrinsic(prefer_literal=False)
 def _add_chains(typing_context: Any, n: Any, lanes: Any, term: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         lanes = cgutils.unpack_tuple(builder, args[1])
@@ -172,7 +172,7 @@ def _add_chains(typing_context: Any, n: Any, lanes: Any, term: Any) -> Any:
     return lanes.dtype(types.int64, lanes, lanes.dtype), generate
 
 
-@intrinsic
+@intrinsic(prefer_literal=False)
 def _fma_chains(typing_context: Any, n: Any, lanes: Any, factor: Any, term: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         lanes = cgutils.unpack_tuple(builder, args[1])
@@ -191,6 +191,77 @@ def add_chains(n: Any, lanes: Any, term: Any) -> Any:
 def fma_chains(n: Any, lanes: Any, factor: Any, term: Any) -> Any:
     """Replace each lane x of each accumulator n times by factor * x + term; n is at least 1."""
     return _fma_chains(n, lanes, factor, term)
+
+
+def instruction_vectors(operation: str) -> Vectors:
+    """Return an operation at the level of this CPU.
+
+    Raises
+    ------
+    UnsupportedError
+        If it has no instruction of its own there.
+    """
+    vectors = vectors_of(operation, simd_level())
+    if not vectors.instruction:
+        raise UnsupportedError(f"this CPU has no instruction of its own for {operation}")
+    return vectors
+
+
+def instruction_operations(vectors: Vectors) -> int:
+    """Return how many features one iteration of `instruction_chains` treats."""
+    return accumulators() * vectors.features
+
+
+def build_instruction(
+    builder: ir.IRBuilder, vectors: Vectors, acc: ir.Value, queries: ir.Value, corpus: ir.Value
+) -> ir.Value:
+    """Emit the step of an operation; where that adds to what the instruction gives, the instruction alone.
+
+    LLVM knows nothing of what these instructions compute, so that it can neither leave one out nor move it.
+    """
+    if vectors.operation.centred:  # accumulates itself
+        return vectors.step(builder, acc, queries, corpus)
+    name, elements = vectors.instruction, vectors.elements
+    return call(builder, name, acc.type, builder.bitcast(acc, elements), corpus)
+
+
+@intrinsic(prefer_literal=True)
+def _instruction_chains(typing_context: Any, vectors: Any, n: Any, value: Any) -> Any:
+    if not isinstance(vectors, types.Literal):
+        return None
+    form = vectors_named(vectors.literal_value)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = builder.trunc(args[2], ir.IntType(8))
+        bytes_ = _vector(builder, ir.VectorType(byte.type, form.width), [byte] * form.width)
+        given = builder.bitcast(bytes_, form.elements)
+        starts = [builder.bitcast(bytes_, form.accumulators)] * accumulators()
+        starts = [builder.add(start, ir.Constant(start.type, [c] * form.lanes)) for c, start in enumerate(starts)]
+
+        def step(number: Any, accs: list[Any]) -> list[Any]:
+            return [build_instruction(builder, form, acc, given, given) for acc in accs]
+
+        total = functools.reduce(builder.add, emit_loop(builder, args[1], starts, step))
+        parts = [builder.extract_element(total, ir.IntType(32)(lane)) for lane in range(form.lanes)]
+        return builder.sext(functools.reduce(builder.add, parts), ir.IntType(64))
+
+    return types.int64(vectors, types.int64, types.int64), generate
+
+
+@functools.cache
+def instruction_chains(vectors: Vectors) -> Callable[[int, int], int]:
+    """Return the compiled loop ``(n, value)`` of n iterations, at least one, of an operation's instruction.
+
+    Each of some independent accumulators goes through the instruction once an iteration, together with a vector of
+    which every byte is `value`.
+    """
+    name = vectors.name
+
+    @compile_cached(nogil=True)
+    def chains(n: Any, value: Any) -> Any:
+        return _instruction_chains(name, n, value)
+
+    return chains
 
 
 def _build_stream(
@@ -238,7 +309,7 @@ def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
     return cgutils.create_struct_proxy(kind)(context, builder, array).data
 
 
-@intrinsic
+@intrinsic(prefer_literal=False)
 def _read_words(typing_context: Any, n_bytes: Any, source: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = _data(context, builder, signature.args[1], args[1])
@@ -247,7 +318,7 @@ def _read_words(typing_context: Any, n_bytes: Any, source: Any) -> Any:
     return types.int64(types.int64, source), generate
 
 
-@intrinsic
+@intrinsic(prefer_literal=False)
 def _copy_words(typing_context: Any, n_bytes: Any, source: Any, target: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = (_data(context, builder, kind, array) for kind, array in zip(signature.args[1:], args[1:], strict=True))

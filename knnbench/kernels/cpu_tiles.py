@@ -1,14 +1,22 @@
-"""Distance kernels for the CPU, generic in a metric's scalar functions and compiled by numba.
+"""Search kernels for the CPU: tiles of queries and corpus rows, with the k nearest selected as they are computed.
 
-A task is a block of queries against the whole corpus. Inside it a tile of `TILE_QUERIES` queries meets one
-corpus row at a time, so that each feature of the row is loaded once for all of them, and LLVM makes vector
-instructions of the loop over features. Neighbours are selected while distances are computed: only a heap of
-k a query is held.
+A task is a block of queries against a range of the corpus. `PanelKernels.knn` packs the queries once and one panel of
+the corpus at a time, which stays in the first-level cache while all queries pass over it; the sums of a tile stay in
+registers, are compared there with each query's k-th value so far, and are looked at one by one only if some are
+smaller. No matrix of distances is written.
 
-The naive form of both kernels is `knnbench.backends.python`.
+Squared distances are ranked by ``|c|^2 - 2 q.c``, a product. On uint8 that is exact. On floats it is a filter: its
+declared error (`Space.gram_error`) is added to the limit, and what passes is computed once more by the direct form, so
+that neighbours and distances are those of the direct form. Where the error is so large that it lets too many pass, the
+search goes on with panels of the direct form.
+
+Few queries are compared with rows as they lie (`PanelKernels.knn_rows`), because packing would cost more than it saves.
+
+The naive form of all kernels is `knnbench.backends.python`.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,174 +27,497 @@ from numba.extending import register_jitable
 
 from knnbench.dtypes import Array
 from knnbench.kernels.compilation import compile_cached
-from knnbench.metrics import Space
+from knnbench.kernels.cpu_loops import column_dtype, move, move_square, row_values, tile, trailing_zeros
+from knnbench.kernels.cpu_simd import CENTRE, Level, Vectors, cpu_features, simd_level, vectors_of
+from knnbench.kernels.heap import make_heap, sift_down, sort_heap
+from knnbench.metrics import Space, add_absolute, add_product, add_square, keep_largest
 
-__all__ = ["TileKernels", "tile_kernels"]
+__all__ = ["Plan", "TileKernels", "Workspace", "plan_of", "tile_kernels"]
 
-TILE_QUERIES = 4
+# The first word of the names of operations, by the scalar function of a metric.
+OPERATION_OF: dict[Callable[..., Any], str] = {
+    add_absolute: "absolute",
+    add_square: "square",
+    add_product: "product",
+    keep_largest: "largest",
+}
 
-# Bytes of corpus rows that are kept in the second-level cache while the queries of a task pass over them.
-CORPUS_TILE_BYTES = 128 * 1024
+# Bytes of a panel that a row fills before the next row does: they stay in the first-level cache until all rows did,
+# and memory gives more to one long stream than to many short ones.
+PACKED_BYTES = 16 * 1024
 
-# Sums may be taken in another order than written, which is what vector instructions need. Nothing is assumed
-# about NaN and infinity, which overflow can produce.
-REORDERED = {"reassoc", "contract", "nsz"}
+# What the float filter may let pass before the direct form is faster: of the pairs seen, one in so many, and for each
+# query so many times k, plus a constant, which any data needs.
+PASSED_SHARE = 8
+PASSED_QUERY = 64
+
+# float32 keys of cosine on uint8 are off by three roundings at the most; rows within this of the limit are looked at.
+COSINE_SLACK = 1e-6
+
+ALIGNMENT = 64
+
+# Queries that a corpus row meets at once where rows are compared as they lie.
+ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class TileKernels:
-    """The compiled kernels of one space; both release the interpreter lock.
+class Plan:
+    """Which operations compute a space.
 
     Attributes
     ----------
-    pairwise : callable
-        ``(queries, corpus, query_norms, corpus_norms, out)`` fills out (n_queries, n_corpus) with the values
-        to rank.
-    knn : callable
-        ``(queries, corpus, query_norms, corpus_norms, values, indices)`` fills (n_queries, k) arrays with the
-        k smallest values and their corpus rows, in the total order (value, index).
+    panels, rows : Vectors
+        On panels, and on rows as they lie. Both give the accumulated value, or `key` says what of it.
+    norms : Vectors
+        The product of a row with itself.
+    key : {"value", "gram", "cosine"}
+        How a panel's accumulators are ranked, as in `cpu_simd.KEYS`.
     """
 
-    pairwise: Callable[..., None]
-    knn: Callable[..., None]
+    panels: Vectors
+    rows: Vectors
+    norms: Vectors
+    key: str
 
 
-@register_jitable
-def comes_before(value: Any, index: Any, other_value: Any, other_index: Any) -> Any:
-    """Return whether (value, index) precedes another in the total order."""
-    return value < other_value or (value == other_value and index < other_index)
-
-
-@register_jitable
-def sift_down(values: Any, indices: Any, root: Any, size: Any) -> None:
-    """Restore the heap whose largest pair stands first, after its root was replaced."""
-    value, index = values[root], indices[root]
-    while True:
-        child = 2 * root + 1
-        if child >= size:
-            break
-        right = child + 1
-        if right < size and comes_before(values[child], indices[child], values[right], indices[right]):
-            child = right
-        if not comes_before(value, index, values[child], indices[child]):
-            break
-        values[root], indices[root] = values[child], indices[child]
-        root = child
-    values[root], indices[root] = value, index
-
-
-@register_jitable
-def sort_heap(values: Any, indices: Any) -> None:
-    """Turn a heap into an ascending list, in place."""
-    for last in range(len(values) - 1, 0, -1):
-        value, index = values[0], indices[0]
-        values[0], indices[0] = values[last], indices[last]
-        values[last], indices[last] = value, index
-        sift_down(values, indices, 0, last)
-
-
-def tile_kernels(space: Space) -> TileKernels:
-    """Return the kernels of a space, compiled when they are first called.
+def plan_of(space: Space, level: Level, features: frozenset[str], *, filtered: bool = False) -> Plan:
+    """Return how a space is computed.
 
     Parameters
     ----------
     space : Space
-
-    Returns
-    -------
-    TileKernels
+    level : Level
+    features : frozenset of str
+        Of the CPU.
+    filtered : bool
+        For floats: whether squared distances are filtered by products.
     """
-    # The type that a feature takes in arithmetic: numba would take uint8 to unsigned 64-bit integers,
-    # whose differences wrap, and signed 32-bit ones to 64 bits, of which a vector holds half as many.
-    loaded = space.dtype if not space.is_integer else space.accumulator
+    kind = OPERATION_OF[space.form.accumulate]
+    vectors = functools.partial(vectors_of, level=level, features=features)
+    if not space.is_integer:
+        dtype = space.dtype.name
+        is_gram = filtered and space.form.from_dot is not None
+        product, rows = vectors(f"product-{dtype}"), vectors(f"{kind}-{dtype}")
+        return Plan(product, rows, product, "gram") if is_gram else Plan(rows, rows, product, "value")
+    wide = "int64" if space.accumulator == np.int64 else "int16"
+    product = vectors(f"product-{wide}")
+    if space.form.from_dot is None:
+        direct = vectors(f"{kind}-uint8")
+        return Plan(direct, direct, product, "value")
+    quads = vectors("product-uint8")
+    panels = quads if quads.instruction and wide == "int16" else product
+    return Plan(panels, vectors(f"{kind}-{wide}"), product, "cosine" if kind == "product" else "gram")
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """What a task holds beside its rows and its answer.
+
+    Attributes
+    ----------
+    queries, panel : arrays of elements
+        The packed queries of the task, and one packed panel of the corpus.
+    columns : (panel rows,) array
+        A number for each row of the panel, for the key.
+    corpus_norms, query_norms : arrays
+        Squared norms of the panel's rows and of all queries.
+    shifts : (panel rows,) array
+        What centring took from the products of each row of the panel.
+    limits : (n_queries,) array
+        Below which a query's keys are of interest.
+    out : array
+        The accumulators of a tile.
+    hits : array of int64
+        Which of them are of interest.
+    values : array
+        Those of some rows.
+    centre : array
+        The corpus mean, or empty.
+    """
+
+    queries: Array
+    panel: Array
+    columns: Array
+    corpus_norms: Array
+    query_norms: Array
+    shifts: Array
+    limits: Array
+    out: Array
+    hits: Array
+    values: Array
+    centre: Array
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """All of them, as the kernels take them."""
+        return (
+            self.queries, self.panel, self.columns, self.corpus_norms, self.query_norms, self.shifts, self.limits,
+            self.out, self.hits, self.values, self.centre,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TileKernels:
+    """The compiled kernels of a plan; all release the interpreter lock.
+
+    Attributes
+    ----------
+    plan : Plan
+    knn : callable
+        ``(queries, corpus, first, start, stop, error, *workspace.arrays, values, indices) -> int`` takes corpus rows
+        from `start` on into the heaps of the k smallest, which hold those from `first` to `start`; returns the row
+        at which it stopped, before `stop` only if the filter lets too many pass.
+    knn_rows : callable
+        ``(queries, corpus, first, stop, query_norms, row_values, values, indices)``, the middle two of the workspace,
+        takes all rows from `first` on as they lie; they have at least `plan.rows.features` features.
+    order : callable
+        ``(queries, corpus, values, indices, workspace.values)`` turns heaps into ascending lists; floats are computed
+        once more, so that they do not depend on how they were found.
+    pairwise : callable
+        ``(queries, corpus, start, stop, *workspace.arrays, out)`` fills (n_queries, stop - start) values to rank.
+    """
+
+    plan: Plan
+    space_norms: str
+    knn: Callable[..., int]
+    knn_rows: Callable[..., None]
+    order: Callable[..., None]
+    pairwise: Callable[..., None]
+
+    def workspace(self, n_queries: int, n_features: int, centre: Array | None = None) -> Workspace:
+        """Return the arrays for a task of so many queries."""
+        vectors = self.plan.panels
+        operation, element = vectors.operation, np.dtype(vectors.operation.element)
+        height, width = vectors.tile_shape[0], vectors.panel_rows
+        row_elements = vectors.groups(n_features) * operation.group
+        padded = -(-n_queries // height) * height
+        of_columns = np.dtype(column_dtype(self.plan.key, operation.accumulator))
+        return Workspace(
+            aligned(padded * row_elements, element),
+            aligned(width * row_elements, element),
+            np.zeros(width, of_columns),
+            np.zeros(width, self.space_norms),
+            np.zeros(padded, self.space_norms),
+            aligned(width, np.dtype(operation.accumulator)),
+            np.zeros(padded, of_columns),
+            aligned(height * width, np.dtype(operation.accumulator)),
+            np.zeros(height, np.int64),
+            np.zeros(ROWS, self.plan.rows.operation.accumulator),
+            np.zeros(0, element) if centre is None else centre,
+        )
+
+    def workspace_bytes(self, n_features: int) -> tuple[int, int]:
+        """Return what `workspace` takes for a tile of queries, or a part of one, and besides."""
+        vectors = self.plan.panels
+        row = vectors.groups(n_features) * vectors.width // vectors.lanes
+        height, width = vectors.tile_shape[0], vectors.panel_rows
+        return height * (row + 16), width * (row + 24 + 8 * height) + 4 * ALIGNMENT + 64
+
+
+def aligned(count: int, dtype: np.dtype[Any]) -> Array:
+    """Return an array of zeros that starts at a multiple of the widest vector."""
+    raw = np.zeros(count * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count * dtype.itemsize].view(dtype)
+
+
+def tile_kernels(space: Space, *, filtered: bool = False) -> TileKernels:
+    """Return the kernels of a space on this CPU, compiled when they are first called.
+
+    Parameters
+    ----------
+    space : Space
+    filtered : bool
+        For floats: whether squared distances are filtered by products.
+    """
+    return compiled_kernels(plan_of(space, simd_level(), cpu_features(), filtered=filtered), space)
+
+
+def compiled_kernels(plan: Plan, space: Space) -> TileKernels:
+    """Return the kernels of a plan for a space."""
     form = space.form
+    # The type that a feature takes in scalar arithmetic: numba would take uint8 to unsigned 64-bit integers, whose
+    # differences wrap.
+    loaded = space.dtype if not space.is_integer else space.accumulator
     return _compiled(
-        form.accumulate,
-        form.rank,
-        form.rank_uses_norms,
-        numba.from_dtype(loaded),
-        numba.from_dtype(space.accumulator),
+        plan, form.accumulate, form.rank, numba.from_dtype(loaded), numba.from_dtype(space.accumulator),
         numba.from_dtype(space.ranked),
-    )
+    )  # fmt: skip
 
 
 @functools.cache
 def _compiled(
+    plan: Plan,
     accumulate_scalar: Callable[..., Any],
     rank_scalar: Callable[..., Any],
-    uses_norms: bool,
     loaded: Any,
     accumulator: Any,
     ranked: Any,
 ) -> TileKernels:
-    # Closures over register_jitable functions, because numba caches those on disk and refuses functions
+    # Closures over register_jitable functions and constants, because numba caches those on disk and refuses functions
     # that are arguments.
-    accumulate = register_jitable(accumulate_scalar)
+    accumulate, product = register_jitable(accumulate_scalar), register_jitable(add_product)
     rank = register_jitable(rank_scalar)
+    key, is_float = plan.key, plan.panels.operation.accumulator.startswith("float")
+    panels, rows, squares = plan.panels.name, plan.rows.name, plan.norms.name
+    group, is_centred = plan.panels.operation.group, plan.panels.operation.centred
+    (height, _), width = plan.panels.tile_shape, plan.panels.panel_rows
+    row_features, square_features = plan.rows.features, plan.norms.features
+    square = plan.panels.square
+    chunk = PACKED_BYTES // (plan.panels.tile_shape[1] * plan.panels.width) // square * square
+    needs_norms, is_filtered = key != "value", key == "gram" and is_float
+    # Of larger norms the sums could overflow.
+    largest_norm = float(np.finfo(plan.panels.operation.accumulator).max) / 16 if is_float else 0.0
+    rank_uses_norms = key == "cosine"
 
     @register_jitable
-    def add(acc: Any, a: Any, b: Any) -> Any:
-        return accumulator(accumulate(acc, a, b))
+    def pair(queries: Any, i: Any, corpus: Any, j: Any, values: Any) -> Any:
+        """Return the accumulated value of one pair, always summed in the same order."""
+        n_features = queries.shape[1]
+        if n_features >= row_features:
+            row_values(rows, 1, queries, i, corpus, j, n_features, values)
+            return accumulator(values[0])
+        acc = accumulator(0)
+        for f in range(n_features):
+            acc = accumulator(accumulate(acc, loaded(queries[i, f]), loaded(corpus[j, f])))
+        return acc
 
     @register_jitable
-    def tile(queries: Any, corpus: Any, i: Any, j: Any) -> Any:
-        """Return the accumulated values of queries i to i + 3 and corpus row j; past the end, of the last query."""
-        last = queries.shape[0] - 1
-        row0, row1 = queries[i], queries[min(i + 1, last)]
-        row2, row3 = queries[min(i + 2, last)], queries[min(i + 3, last)]
-        point = corpus[j]
-        acc0 = acc1 = acc2 = acc3 = accumulator(0)
-        for f in range(point.shape[0]):
-            b = loaded(point[f])
-            acc0 = add(acc0, loaded(row0[f]), b)
-            acc1 = add(acc1, loaded(row1[f]), b)
-            acc2 = add(acc2, loaded(row2[f]), b)
-            acc3 = add(acc3, loaded(row3[f]), b)
-        return acc0, acc1, acc2, acc3
+    def norm(rows: Any, i: Any, values: Any) -> Any:
+        """Return the squared norm of an integer row."""
+        n_features = rows.shape[1]
+        if n_features >= square_features:
+            row_values(squares, 1, rows, i, rows, i, n_features, values)
+            return np.int64(values[0])
+        acc = np.int64(0)
+        for f in range(n_features):
+            acc = product(acc, np.int64(rows[i, f]), np.int64(rows[i, f]))
+        return acc
+
+    def filler(is_query: int, lanes: int) -> Callable[..., None]:
+        """Return a function that packs features of rows into a panel of `lanes` rows, from its element `offset` on."""
+
+        @register_jitable
+        def fill(rows: Any, i: Any, count: Any, begin: Any, end: Any, panel: Any, offset: Any, first: Any) -> None:
+            """Pack groups from `begin` to `end` of `count` rows from row `i` on; they become rows from `first` on."""
+            n_features = rows.shape[1]
+            whole = n_features // group
+            for r in range(count):
+                at = (i + r) * n_features + begin * group
+                to = offset + (begin * lanes + first + r) * group
+                for _ in range(begin, min(end, whole)):
+                    move(panels, group, is_query, rows, at, panel, to)
+                    at += group
+                    to += lanes * group
+                for f in range(max(begin, whole) * group, min(end * group, n_features)):
+                    to = offset + (whole * lanes + first + r) * group + f - whole * group
+                    move(panels, 1, is_query, rows, (i + r) * n_features + f, panel, to)
+
+        return fill
+
+    fill_queries, fill_corpus = filler(1, height), filler(0, width)
 
     @register_jitable
-    def ranked_value(acc: Any, query_norms: Any, corpus_norms: Any, i: Any, j: Any) -> Any:
-        if uses_norms:
-            return ranked(rank(acc, query_norms[i], corpus_norms[j]))
-        return ranked(rank(acc, 0, 0))
+    def centre_rows(
+        panel: Any,
+        offset: Any,
+        lanes: Any,
+        first: Any,
+        count: Any,
+        begin: Any,
+        end: Any,
+        centre: Any,
+        norms: Any,
+        i: Any,
+    ) -> None:
+        """Take the centre from features of packed float rows, and add their squares to the norms from row i on."""
+        for f in range(begin, end):
+            for r in range(first, first + count):
+                value = panel[offset + f * lanes + r] - centre[f]
+                panel[offset + f * lanes + r] = value
+                norms[i + r] += value * value
 
-    @compile_cached(nogil=True, fastmath=REORDERED, error_model="numpy")
-    def pairwise(queries: Any, corpus: Any, query_norms: Any, corpus_norms: Any, out: Any) -> None:
-        n_queries, n_corpus = queries.shape[0], corpus.shape[0]
-        step = max(1, CORPUS_TILE_BYTES // (corpus.shape[1] * corpus.itemsize))
-        for start in range(0, n_corpus, step):
-            for i in range(0, n_queries, TILE_QUERIES):
-                for j in range(start, min(start + step, n_corpus)):
-                    accs = tile(queries, corpus, i, j)
-                    for t in range(min(TILE_QUERIES, n_queries - i)):
-                        out[i + t, j] = ranked_value(accs[t], query_norms, corpus_norms, i + t, j)
+    @register_jitable
+    def pack_queries(queries: Any, packed: Any, norms: Any, centre: Any, values: Any) -> None:
+        n_queries, n_features = queries.shape
+        n_groups = (n_features + group - 1) // group
+        packed[:] = 0
+        norms[:] = 0
+        for i in range(0, n_queries, height):
+            count, offset = min(height, n_queries - i), i * n_groups * group
+            fill_queries(queries, i, count, 0, n_groups, packed, offset, 0)
+            if is_filtered:
+                centre_rows(packed, offset, height, 0, count, 0, n_features, centre, norms, i)
+            elif needs_norms:
+                for t in range(count):
+                    norms[i + t] = norm(queries, i + t, values)
 
-    @compile_cached(nogil=True, fastmath=REORDERED, error_model="numpy")
-    def knn(queries: Any, corpus: Any, query_norms: Any, corpus_norms: Any, values: Any, indices: Any) -> None:
-        n_queries, n_corpus, k = queries.shape[0], corpus.shape[0], values.shape[1]
-        step = max(1, CORPUS_TILE_BYTES // (corpus.shape[1] * corpus.itemsize))
-        for start in range(0, n_corpus, step):
-            for i in range(0, n_queries, TILE_QUERIES):
-                for j in range(start, min(start + step, n_corpus)):
-                    accs = tile(queries, corpus, i, j)
-                    for t in range(min(TILE_QUERIES, n_queries - i)):
-                        value = ranked_value(accs[t], query_norms, corpus_norms, i + t, j)
-                        heap, rows = values[i + t], indices[i + t]
-                        if j < k:
-                            heap[j], rows[j] = value, j
-                            if j == k - 1:
-                                for root in range(k // 2 - 1, -1, -1):
-                                    sift_down(heap, rows, root, k)
-                        elif value < heap[0]:
-                            # Rows come in ascending order, so one that equals the k-th value comes after it.
-                            heap[0], rows[0] = value, j
-                            sift_down(heap, rows, 0, k)
-        for i in range(n_queries):
-            sort_heap(values[i], indices[i])
+    @register_jitable
+    def pack_panel(
+        corpus: Any, start: Any, count: Any, panel: Any, columns: Any, norms: Any, shifts: Any, centre: Any, values: Any
+    ) -> None:
+        n_features = corpus.shape[1]
+        n_groups = (n_features + group - 1) // group
+        in_squares, step = n_features // (square * group) * square, width * group
+        if count < width or n_features % group:
+            panel[:] = 0
+        norms[:] = 0
+        for begin in range(0, in_squares, chunk):
+            end = min(begin + chunk, in_squares)
+            for r in range(0, count - square + 1, square):
+                for g in range(begin, end, square):
+                    at, to = (start + r) * n_features + g * group, (g * width + r) * group
+                    if is_filtered:
+                        move_square(panels, corpus, at, n_features, panel, to, step, centre, g, norms, r)
+                    else:
+                        move_square(panels, corpus, at, n_features, panel, to, step, None, 0, None, 0)
+        # What is left of the features, and then of the rows.
+        whole = count // square * square
+        fill_corpus(corpus, start, whole, in_squares, n_groups, panel, 0, 0)
+        fill_corpus(corpus, start + whole, count - whole, 0, n_groups, panel, 0, whole)
+        if is_filtered:
+            centre_rows(panel, 0, width, 0, whole, in_squares, n_features, centre, norms, 0)
+            centre_rows(panel, 0, width, whole, count - whole, 0, n_features, centre, norms, 0)
+        if needs_norms:
+            for r in range(count):
+                if not is_filtered:
+                    norms[r] = norm(corpus, start + r, values)
+                columns[r] = -1 / math.sqrt(norms[r]) if rank_uses_norms else norms[r]
+        if is_centred:
+            for r in range(count):
+                total = np.int64(0)
+                for f in range(n_features):
+                    total += corpus[start + r, f]
+                shifts[r] = CENTRE * total
 
-    return TileKernels(pairwise, knn)
+    @register_jitable
+    def insert(values: Any, indices: Any, i: Any, count: Any, value: Any, index: Any) -> None:
+        """Take a row, after all with smaller indices, into the k smallest of query i, of which `count` are there."""
+        k = values.shape[1]
+        if count < k:
+            values[i, count], indices[i, count] = value, index
+            if count == k - 1:
+                make_heap(values, indices, i)
+        elif value < values[i, 0]:
+            # One that equals the k-th value comes after it.
+            values[i, 0], indices[i, 0] = value, index
+            sift_down(values, indices, i, 0, k)
 
+    @register_jitable
+    def limit(largest: Any, query_norm: Any, error: Any) -> Any:
+        """Return below which keys a row may be among the k smallest, of which the largest value is given."""
+        if key == "value":
+            return largest
+        if key == "cosine":
+            return -(1.0 - largest) * math.sqrt(query_norm) * (1.0 - COSINE_SLACK)
+        if not is_float:
+            return largest - query_norm
+        # A row at most sqrt(kth) from a query is at most that much longer, which bounds its norm.
+        kth, length = np.float64(largest), math.sqrt(np.float64(query_norm))
+        return kth - query_norm + error * (query_norm + (length + math.sqrt(kth)) ** 2 + kth)
 
-def no_norms() -> Array:
-    """Return the norms to give where the ranking does not look at them."""
-    return np.zeros(0, np.float64)
+    @register_jitable
+    def value_of(acc: Any, query_norm: Any, corpus_norm: Any) -> Any:
+        """Return the value to rank of an accumulator of a panel."""
+        if key == "gram":
+            return ranked(query_norm + corpus_norm - 2 * np.int64(acc))
+        return ranked(rank(acc, query_norm, corpus_norm))
+
+    @compile_cached(nogil=True, error_model="numpy")
+    def knn(
+        queries: Any, corpus: Any, first: Any, start: Any, stop: Any, error: Any, packed: Any, panel: Any, columns: Any,
+        corpus_norms: Any, query_norms: Any, shifts: Any, limits: Any, out: Any, hits: Any, row: Any, centre: Any,
+        values: Any, indices: Any,
+    ) -> Any:  # fmt: skip
+        n_queries, n_features = queries.shape
+        k, n_groups = values.shape[1], (n_features + group - 1) // group
+        pack_queries(queries, packed, query_norms, centre, row)
+        if start - first >= k:
+            for i in range(n_queries):
+                limits[i] = limit(values[i, 0], query_norms[i], error)
+        if is_filtered and not query_norms[:n_queries].max() <= largest_norm:
+            return start
+        passed, allowed = 0, n_queries * (4 * k + PASSED_QUERY)
+        for begin in range(start, stop, width):
+            count = min(width, stop - begin)
+            pack_panel(corpus, begin, count, panel, columns, corpus_norms, shifts, centre, row)
+            if is_filtered and not corpus_norms.max() <= largest_norm:
+                return begin
+            is_filling = begin - first < k
+            present = (np.int64(1) << count) - 1 if count < 64 else np.int64(-1)
+            for i in range(0, n_queries, height):
+                always = np.int64(is_filling)
+                if not tile(panels, key, packed, i, panel, n_groups, columns, shifts, limits, always, out, hits):
+                    continue
+                for t in range(min(height, n_queries - i)):
+                    left = present if is_filling else hits[t] & present
+                    if not left:
+                        continue
+                    query_norm = query_norms[i + t]
+                    while left:
+                        r = trailing_zeros(left)
+                        left &= left - 1
+                        acc, seen = out[t * width + r], begin + r - first
+                        if is_filtered:
+                            passed += 1
+                            value = pair(queries, i + t, corpus, begin + r, row)
+                        else:
+                            value = value_of(acc, query_norm, corpus_norms[r])
+                        insert(values, indices, i + t, seen, value, begin + r)
+                    limits[i + t] = limit(values[i + t, 0], query_norm, error)
+            if passed > allowed + (begin + count - start) * n_queries // PASSED_SHARE:
+                return begin + count
+        return stop
+
+    @compile_cached(nogil=True, error_model="numpy")
+    def knn_rows(
+        queries: Any, corpus: Any, first: Any, stop: Any, query_norms: Any, row: Any, values: Any, indices: Any
+    ) -> None:
+        n_queries, n_features = queries.shape
+        if rank_uses_norms:
+            for i in range(n_queries):
+                query_norms[i] = norm(queries, i, row)
+        # One corpus row after the other: several at a time are several streams, of which memory gives less.
+        for j in range(first, stop):
+            if rank_uses_norms:
+                corpus_norm = norm(corpus, j, row)
+            for i in range(0, n_queries, ROWS):
+                count = min(ROWS, n_queries - i)
+                if count == ROWS:
+                    row_values(rows, ROWS, corpus, j, queries, i, n_features, row)
+                for t in range(count):
+                    if count < ROWS:
+                        row_values(rows, 1, corpus, j, queries, i + t, n_features, row)
+                    acc = row[t] if count == ROWS else row[0]
+                    value = ranked(rank(acc, query_norms[i + t], corpus_norm)) if rank_uses_norms else acc
+                    insert(values, indices, i + t, j - first, value, j)
+
+    @compile_cached(nogil=True, error_model="numpy")
+    def order(queries: Any, corpus: Any, values: Any, indices: Any, row: Any) -> None:
+        for i in range(len(values)):
+            if is_float:
+                for t in range(values.shape[1]):
+                    values[i, t] = pair(queries, i, corpus, indices[i, t], row)
+                make_heap(values, indices, i)
+            sort_heap(values, indices, i)
+
+    @compile_cached(nogil=True, error_model="numpy")
+    def pairwise(
+        queries: Any, corpus: Any, start: Any, stop: Any, packed: Any, panel: Any, columns: Any, corpus_norms: Any,
+        query_norms: Any, shifts: Any, limits: Any, out: Any, hits: Any, row: Any, centre: Any, result: Any,
+    ) -> None:  # fmt: skip
+        n_queries, n_features = queries.shape
+        n_groups = (n_features + group - 1) // group
+        pack_queries(queries, packed, query_norms, centre, row)
+        for begin in range(start, stop, width):
+            count = min(width, stop - begin)
+            pack_panel(corpus, begin, count, panel, columns, corpus_norms, shifts, centre, row)
+            for i in range(0, n_queries, height):
+                tile(panels, key, packed, i, panel, n_groups, columns, shifts, limits, np.int64(1), out, hits)
+                for t in range(min(height, n_queries - i)):
+                    for r in range(count):
+                        value = value_of(out[t * width + r], query_norms[i + t], corpus_norms[r])
+                        result[i + t, begin - start + r] = value
+
+    norms_dtype = "int64" if not is_float else plan.panels.operation.accumulator
+    return TileKernels(plan, norms_dtype, knn, knn_rows, order, pairwise)

@@ -22,7 +22,7 @@ from numba.extending import register_jitable
 
 from knnbench.kernels import cuda_scalars
 from knnbench.kernels.compilation import cached_on_disk
-from knnbench.kernels.cpu_tiles import comes_before, sift_down, sort_heap
+from knnbench.kernels.heap import comes_before, sift_down, sort_heap
 from knnbench.metrics import Space, unchanged
 
 __all__ = [
@@ -210,11 +210,10 @@ def update_lists(tile: Any, first: Any, values: Any, indices: Any) -> None:
     """Take a tile (m, n) of the values of corpus rows from `first` on into n heaps of k, a thread for each."""
     i = cuda.grid(1)
     if i < values.shape[0]:
-        heap, rows = values[i], indices[i]
         for j in range(tile.shape[0]):
-            if comes_before(tile[j, i], first + j, heap[0], rows[0]):
-                heap[0], rows[0] = tile[j, i], first + j
-                sift_down(heap, rows, 0, heap.shape[0])
+            if comes_before(tile[j, i], first + j, values[i, 0], indices[i, 0]):
+                values[i, 0], indices[i, 0] = tile[j, i], first + j
+                sift_down(values, indices, i, 0, values.shape[1])
 
 
 @compiled
@@ -222,7 +221,7 @@ def sort_lists(values: Any, indices: Any) -> None:
     """Turn heaps into ascending lists, a thread for each."""
     i = cuda.grid(1)
     if i < values.shape[0]:
-        sort_heap(values[i], indices[i])
+        sort_heap(values, indices, i)
 
 
 @compiled

@@ -24,13 +24,16 @@ __all__ = [
     "add_float64",
     "cache_bytes",
     "copy",
+    "dot_uint8",
     "fma_float32",
     "fma_float64",
     "gemm_float32",
     "gemm_float64",
     "growing_products",
     "in_threads",
+    "madd_int16",
     "read",
+    "sad_uint8",
     "stream_bytes",
 ]
 
@@ -185,6 +188,31 @@ def fma_float64(threads: int, seconds: float) -> float:
     """Return fused multiply-adds of float64 a second, each counted as one."""
     cpu_probes.require_fma()
     return _chains(cpu_probes.fma_chains, np.float64, (0.5, 0.5), threads, seconds)
+
+
+def _instructions(operation: str, threads: int, seconds: float) -> float:
+    """Return the best rate of an operation's own instruction, in features a second."""
+    vectors = cpu_probes.instruction_vectors(operation)
+    kernel = cpu_probes.instruction_chains(vectors)
+    kernel(1, 1)  # compiled, or loaded, before threads wait for each other
+    return in_threads(
+        lambda: lambda n: kernel(n, 1), cpu_probes.instruction_operations(vectors), threads, seconds
+    )  # fmt: skip
+
+
+def sad_uint8(threads: int, seconds: float) -> float:
+    """Return absolute differences of uint8 a second, by the instruction that sums eight of them."""
+    return _instructions("absolute-uint8", threads, seconds)
+
+
+def madd_int16(threads: int, seconds: float) -> float:
+    """Return multiply-adds of int16 a second, by the instruction that sums two of them."""
+    return _instructions("product-int16", threads, seconds)
+
+
+def dot_uint8(threads: int, seconds: float) -> float:
+    """Return multiply-adds of uint8 with int8 a second, by the instruction that sums four of them."""
+    return _instructions("product-uint8", threads, seconds)
 
 
 def cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:

@@ -74,25 +74,31 @@ def test_tiny_pairwise(backend, benchmark, case):
 
 
 def tiles(case):
-    """Return the kernels of a case, its rows, its space and the four inputs that the kernels share."""
+    """Return the kernels of a case, its rows, its space, the rows as the kernels take them, and a workspace."""
     _, metric, dtype = case.split()
     queries, corpus = rows(dtype, *BLOCK)
     space, backend = space_of(queries, metric), get_backend(available("numba"))
-    block, prepared = backend.prepare(queries, space), backend.prepare(corpus, space)
-    return tile_kernels(space), (queries, corpus), space, (block.rows, prepared.rows, block.norms, prepared.norms)
+    inputs = [backend.prepare(part, space).rows for part in (queries, corpus)]
+    kernels = tile_kernels(space)
+    return kernels, (queries, corpus), space, inputs, kernels.workspace(len(queries), space.n_features)
 
 
 @pytest.mark.parametrize("case", KNN)
 def test_tiles_knn(benchmark, case):
-    kernels, (queries, corpus), space, inputs = tiles(case)
+    kernels, (queries, corpus), space, inputs, workspace = tiles(case)
     values, indices = np.empty((len(queries), K), space.ranked), np.empty((len(queries), K), np.int64)
-    timed(benchmark, lambda: kernels.knn(*inputs, values, indices))
+
+    def search():
+        kernels.knn(*inputs, 0, 0, len(corpus), 0.0, *workspace.arrays, values, indices)
+        kernels.order(*inputs, values, indices, workspace.values)
+
+    timed(benchmark, search)
     assert_neighbors((space.finish(values), indices), queries, corpus, K, space.metric.name, "numba")
 
 
 @pytest.mark.parametrize("case", PAIRWISE)
 def test_tiles_pairwise(benchmark, case):
-    kernels, (queries, corpus), space, inputs = tiles(case)
+    kernels, (queries, corpus), space, inputs, workspace = tiles(case)
     values = np.empty((len(queries), len(corpus)), space.ranked)
-    timed(benchmark, lambda: kernels.pairwise(*inputs, values))
+    timed(benchmark, lambda: kernels.pairwise(*inputs, 0, len(corpus), *workspace.arrays, values))
     assert_pairwise(space.finish(values), queries, corpus, space.metric.name, "numba")

@@ -1,0 +1,451 @@
+"""Vector instructions of the CPU: which there are, and what the steps of inner loops do with them.
+
+An `Operation` says what one step does with a vector of queries' and a vector of corpus features; `Vectors` is an
+operation at the width of a `Level`, with an instruction of its own where the CPU has one. The loops around the steps
+are in `knnbench.kernels.cpu_loops`.
+
+To add an operation: a function that emits its step, and an entry in `OPERATIONS`. Its form without an instruction is
+what every CPU does, and what the tests hold the instruction against.
+"""
+
+import functools
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba.core import cgutils as untyped_cgutils
+
+from knnbench.errors import InvalidInputError, UnsupportedError
+
+__all__ = [
+    "BYTE",
+    "CENTRE",
+    "INT32",
+    "INT64",
+    "LEVELS",
+    "LEVEL_VARIABLE",
+    "OPERATIONS",
+    "TYPES",
+    "Builder",
+    "Level",
+    "Operation",
+    "Vectors",
+    "call",
+    "constant",
+    "cpu_features",
+    "is_float",
+    "multiply_add",
+    "simd_level",
+    "vectors_named",
+    "vectors_of",
+]
+
+LEVEL_VARIABLE = "KNNBENCH_SIMD"
+
+CENTRE = 128
+"""What the queries of a `Operation.centred` operation are less than the corpus rows."""
+
+# numba's annotations do not cover its tools for code generation, nor llvmlite's its builder.
+cgutils: Any = untyped_cgutils
+Builder = Any
+
+BYTE = ir.IntType(8)
+INT32 = ir.IntType(32)
+INT64 = ir.IntType(64)
+
+TYPES: dict[str, Any] = {
+    "uint8": BYTE,
+    "int16": ir.IntType(16),
+    "int32": INT32,
+    "int64": INT64,
+    "float32": ir.FloatType(),
+    "float64": ir.DoubleType(),
+}
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Return LLVM's names of the features that this CPU has, and its operating system allows."""
+    return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A family of CPUs whose vector instructions kernels use.
+
+    Attributes
+    ----------
+    name : str
+    width : int
+        Bytes of a vector.
+    registers : int
+        Vectors that the CPU can hold.
+    needs : frozenset of str
+        Features of the CPU, by LLVM's names.
+    """
+
+    name: str
+    width: int
+    registers: int
+    needs: frozenset[str] = frozenset()
+
+    def lacks(self, features: frozenset[str]) -> frozenset[str]:
+        """Return the features that a CPU with these lacks."""
+        return self.needs - features
+
+
+_ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
+
+# From the best to the one that every CPU has.
+LEVELS: dict[str, Level] = {
+    level.name: level
+    for level in (
+        Level("avx512", 64, 32, frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"})),
+        Level("avx2", 32, 16, frozenset({"avx2", "fma"})),
+        Level("generic", 16, 32 if _ON_ARM else 16),
+    )
+}
+
+
+def simd_level() -> Level:
+    """Return the best level that this CPU has, or the one that $KNNBENCH_SIMD names.
+
+    Raises
+    ------
+    InvalidInputError
+        If the variable is set to anything else than a level's name.
+    UnsupportedError
+        If this CPU lacks the level.
+    """
+    name = os.environ.get(LEVEL_VARIABLE, "")
+    if not name:
+        return next(level for level in LEVELS.values() if not level.lacks(cpu_features()))
+    if name not in LEVELS:
+        raise InvalidInputError(
+            f"${LEVEL_VARIABLE} is {name!r}; expected one of: {', '.join(LEVELS)}, or unset for the best of this CPU."
+        )
+    lacking = LEVELS[name].lacks(cpu_features())
+    if lacking:
+        raise UnsupportedError(
+            f"${LEVEL_VARIABLE} is {name!r} and this CPU lacks {', '.join(sorted(lacking))}; leave it unset for the "
+            f"best that this CPU has, or choose a lower one of: {', '.join(LEVELS)}."
+        )
+    return LEVELS[name]
+
+
+# Steps: each takes (vectors, builder, accumulators, queries, corpus) and returns the accumulators.
+
+
+def call(builder: Builder, name: str, result: Any, *args: Any) -> Any:
+    """Emit a call of one of LLVM's intrinsics."""
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+def is_float(vector: Any) -> bool:
+    """Return whether a vector has floats."""
+    return not isinstance(vector.element, ir.IntType)
+
+
+def _on(vector: Any) -> str:
+    """Return what the names of LLVM's intrinsics end with for a vector."""
+    return f"v{vector.count}{vector.element.intrinsic_name if is_float(vector) else vector.element}"
+
+
+def constant(vector: Any, value: float) -> Any:
+    """Return a vector of equal lanes."""
+    return ir.Constant(vector, [ir.Constant(vector.element, value)] * vector.count)
+
+
+def difference_of_floats(builder: Builder, queries: Any, corpus: Any) -> Any:
+    """Emit |q - c|."""
+    difference = builder.fsub(queries, corpus)
+    return call(builder, f"llvm.fabs.{_on(difference.type)}", difference.type, difference)
+
+
+def multiply_add(builder: Builder, a: Any, b: Any, acc: Any) -> Any:
+    """Emit a * b + acc: fused where the CPU has that, two instructions elsewhere, never a call of a function."""
+    return call(builder, f"llvm.fmuladd.{_on(acc.type)}", acc.type, a, b, acc)
+
+
+def add_absolute_floats(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Add |q - c|."""
+    return builder.fadd(acc, difference_of_floats(builder, queries, corpus))
+
+
+def add_square_floats(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Add (q - c)^2."""
+    difference = builder.fsub(queries, corpus)
+    return multiply_add(builder, difference, difference, acc)
+
+
+def add_product_floats(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Add q * c."""
+    return multiply_add(builder, queries, corpus, acc)
+
+
+def keep_largest_floats(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Keep the larger of what there is and |q - c|."""
+    difference = difference_of_floats(builder, queries, corpus)
+    return builder.select(builder.fcmp_ordered(">", acc, difference), acc, difference)
+
+
+def difference_of_bytes(builder: Builder, queries: Any, corpus: Any) -> Any:
+    """Emit |q - c| of unsigned bytes: one of the two differences that stop at 0 is 0."""
+    name, vector = f"llvm.usub.sat.{_on(queries.type)}", queries.type
+    return builder.or_(call(builder, name, vector, queries, corpus), call(builder, name, vector, corpus, queries))
+
+
+def keep_largest_bytes(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Keep the larger of what there is and |q - c|, of unsigned bytes."""
+    difference = difference_of_bytes(builder, queries, corpus)
+    return call(builder, f"llvm.umax.{_on(acc.type)}", acc.type, acc, difference)
+
+
+def add_absolute_bytes(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Add the sum of |q - c| over each group of eight unsigned bytes."""
+    if vectors.instruction:
+        return builder.add(acc, call(builder, vectors.instruction, acc.type, queries, corpus))
+    sums = difference_of_bytes(builder, queries, corpus)
+    for bits in (8, 16, 32):
+        pairs = ir.VectorType(ir.IntType(2 * bits), vectors.width * 4 // bits)
+        sums = builder.bitcast(sums, pairs)
+        low = builder.and_(sums, constant(pairs, (1 << bits) - 1))
+        sums = builder.add(low, builder.lshr(sums, constant(pairs, bits)))
+    return builder.add(acc, sums)
+
+
+def _groups_summed(builder: Builder, values: Any, group: int) -> Any:
+    """Emit the sums of each `group` neighbouring lanes."""
+    count = values.type.count // group
+    none, index = ir.Constant(values.type, ir.Undefined), ir.VectorType(INT32, count)
+    parts = (
+        builder.shuffle_vector(values, none, ir.Constant(index, [INT32(group * lane + part) for lane in range(count)]))
+        for part in range(group)
+    )
+    return functools.reduce(builder.add, parts)
+
+
+def add_product_pairs(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Add the sum of q * c over each pair of signed 16-bit integers."""
+    if vectors.instruction:
+        return builder.add(acc, call(builder, vectors.instruction, acc.type, queries, corpus))
+    wide = ir.VectorType(INT32, queries.type.count)
+    products = builder.mul(builder.sext(queries, wide), builder.sext(corpus, wide))
+    return builder.add(acc, _groups_summed(builder, products, 2))
+
+
+def add_square_pairs(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Add the sum of (q - c)^2 over each pair of signed 16-bit integers."""
+    difference = builder.sub(queries, corpus)
+    return add_product_pairs(vectors, builder, acc, difference, difference)
+
+
+def add_product_quads(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Add the sum of q * c over each four bytes; those of queries are signed, those of the corpus are not."""
+    if vectors.instruction:
+        # Its operands are declared as 32-bit integers.
+        return call(
+            builder, vectors.instruction, acc.type, acc, *(builder.bitcast(v, acc.type) for v in (corpus, queries))
+        )
+    wide = ir.VectorType(INT32, queries.type.count)
+    products = builder.mul(builder.sext(queries, wide), builder.zext(corpus, wide))
+    return builder.add(acc, _groups_summed(builder, products, 4))
+
+
+def add_square_longs(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Add (q - c)^2 of 64-bit integers."""
+    difference = builder.sub(queries, corpus)
+    return builder.add(acc, builder.mul(difference, difference))
+
+
+def add_product_longs(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Add q * c of 64-bit integers."""
+    return builder.add(acc, builder.mul(queries, corpus))
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What a step of an inner loop does.
+
+    Attributes
+    ----------
+    name : str
+    stored : str
+        Dtype of the rows as they are given.
+    element : str
+        Dtype in which `step` takes features.
+    group : int
+        Neighbouring features that share a lane of the accumulators.
+    accumulator : str
+        Dtype of the accumulators; `group` elements are as wide.
+    step : callable
+        ``(vectors, builder, accumulators, queries, corpus) -> accumulators``.
+    instructions : mapping of str to tuple
+        By the name of a level: the instruction that `step` uses there, by LLVM's name, and the feature that a CPU of
+        the level may yet lack.
+    is_largest : bool
+        Whether lanes are combined by the larger of them, otherwise by their sum.
+    is_light : bool
+        Whether `step` needs no register for values between, or hides them behind few of its instructions.
+    centred : bool
+        Whether `CENTRE` is taken away from the queries, so that bytes become signed.
+    """
+
+    name: str
+    stored: str
+    element: str
+    group: int
+    accumulator: str
+    step: Callable[["Vectors", Builder, Any, Any, Any], Any]
+    instructions: Mapping[str, tuple[str, str | None]] = field(compare=False)
+    is_largest: bool = False
+    is_light: bool = False
+    centred: bool = False
+
+
+def _floats(name: str, step: Callable[..., Any], **options: Any) -> list[Operation]:
+    dtypes = ("float32", "float64")
+    return [Operation(f"{name}-{dtype}", dtype, dtype, 1, dtype, step, {}, **options) for dtype in dtypes]
+
+
+_SAD = {"avx2": ("llvm.x86.avx2.psad.bw", None), "avx512": ("llvm.x86.avx512.psad.bw.512", None)}
+_MADD = {"avx2": ("llvm.x86.avx2.pmadd.wd", None), "avx512": ("llvm.x86.avx512.pmaddw.d.512", None)}
+_VNNI = {
+    "avx2": ("llvm.x86.avx512.vpdpbusd.256", "avxvnni"),
+    "avx512": ("llvm.x86.avx512.vpdpbusd.512", "avx512vnni"),
+}
+
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation
+    for operation in (
+        *_floats("absolute", add_absolute_floats),
+        *_floats("square", add_square_floats),
+        *_floats("product", add_product_floats, is_light=True),
+        *_floats("largest", keep_largest_floats, is_largest=True),
+        Operation("absolute-uint8", "uint8", "uint8", 8, "int64", add_absolute_bytes, _SAD, is_light=True),
+        Operation("largest-uint8", "uint8", "uint8", 1, "uint8", keep_largest_bytes, {}, is_largest=True),
+        Operation("square-int16", "uint8", "int16", 2, "int32", add_square_pairs, _MADD),
+        Operation("product-int16", "uint8", "int16", 2, "int32", add_product_pairs, _MADD, is_light=True),
+        Operation("product-uint8", "uint8", "uint8", 4, "int32", add_product_quads, _VNNI, is_light=True, centred=True),
+        # For so many features that 32 bits cannot hold their sum.
+        Operation("square-int64", "uint8", "int64", 1, "int64", add_square_longs, {}),
+        Operation("product-int64", "uint8", "int64", 1, "int64", add_product_longs, {}),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """An operation on vectors of one width.
+
+    Attributes
+    ----------
+    operation : Operation
+    width : int
+        Bytes.
+    registers : int
+    instruction : str
+        The instruction that the step uses, by LLVM's name; empty for the form that every CPU can do.
+    """
+
+    operation: Operation
+    width: int
+    registers: int
+    instruction: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the intrinsics know these vectors by; `vectors_named` takes it back."""
+        return f"{self.operation.name}:{self.width}:{self.registers}:{self.instruction}"
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of a vector of accumulators."""
+        return self.width // np.dtype(self.operation.accumulator).itemsize
+
+    @property
+    def features(self) -> int:
+        """Features in a vector."""
+        return self.lanes * self.operation.group
+
+    @property
+    def tile_shape(self) -> tuple[int, int]:
+        """Queries and vectors of the corpus whose accumulators are held in registers.
+
+        Measured on Zen 3: a shape that leaves no register for the values between costs a third.
+        """
+        queries, vectors = (8, 3) if self.registers == 32 else (6, 2) if self.operation.is_light else (4, 2)
+        # A bit for each row of a panel says whether it is of interest.
+        return queries, min(vectors, 64 // self.lanes)
+
+    @property
+    def panel_rows(self) -> int:
+        """Corpus rows of a panel."""
+        return self.tile_shape[1] * self.lanes
+
+    @property
+    def square(self) -> int:
+        """Rows, and groups of features, that are moved into a panel together."""
+        return min(self.lanes, 16)
+
+    def groups(self, n_features: int) -> int:
+        """Return how many groups of features a row has."""
+        return -(-n_features // self.operation.group)
+
+    @property
+    def accumulators(self) -> Any:
+        """Type of a vector of accumulators."""
+        return ir.VectorType(TYPES[self.operation.accumulator], self.lanes)
+
+    @property
+    def elements(self) -> Any:
+        """Type of a vector of features."""
+        return ir.VectorType(TYPES[self.operation.element], self.features)
+
+    def step(self, builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+        """Emit a step."""
+        return self.operation.step(self, builder, acc, queries, corpus)
+
+    def combine(self, builder: Builder, a: Any, b: Any) -> Any:
+        """Emit the sum, or the larger, of the lanes of two vectors of accumulators."""
+        if not self.operation.is_largest:
+            return builder.fadd(a, b) if is_float(a.type) else builder.add(a, b)
+        if is_float(a.type):
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+        return builder.select(builder.icmp_unsigned(">", a, b), a, b)
+
+    def less(self, builder: Builder, a: Any, b: Any) -> Any:
+        """Emit a comparison of vectors of accumulators, or of what is made of them."""
+        if is_float(a.type):
+            return builder.fcmp_ordered("<", a, b)
+        unsigned = self.operation.accumulator == "uint8"
+        return builder.icmp_unsigned("<", a, b) if unsigned else builder.icmp_signed("<", a, b)
+
+
+def vectors_of(name: str, level: Level, features: frozenset[str] | None = None) -> Vectors:
+    """Return an operation at a level, with its instruction if a CPU with these features, by default this one, has it.
+
+    Parameters
+    ----------
+    name : str
+        Of the `Operation`.
+    level : Level
+    features : frozenset of str, optional
+    """
+    present = cpu_features() if features is None else features
+    instruction, needs = OPERATIONS[name].instructions.get(level.name, ("", None))
+    if needs is not None and needs not in present:
+        instruction = ""
+    return Vectors(OPERATIONS[name], level.width, level.registers, instruction)
+
+
+@functools.cache
+def vectors_named(name: str) -> Vectors:
+    """Return what has this `Vectors.name`."""
+    operation, width, registers, instruction = name.split(":")
+    return Vectors(OPERATIONS[operation], int(width), int(registers), instruction)
