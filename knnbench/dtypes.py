@@ -12,6 +12,7 @@ other real dtypes   float64         float64                  float64
 Unequal dtypes meet at ``numpy.result_type``, which takes uint8 with float32 to float32.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ def common_dtype(queries: npt.DTypeLike, corpus: npt.DTypeLike) -> np.dtype[Any]
     return np.result_type(computed_dtype(queries, "queries"), computed_dtype(corpus, "corpus"))
 
 
+@functools.cache
 def integer_accumulator(n_features: int) -> np.dtype[Any]:
     """Return the narrowest signed integer that no uint8 distance of `n_features` can overflow.
 

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from knnbench.blocking import block_shape, slices
+from knnbench.blocking import block_shape, chunk_rows, slices
 from knnbench.dtypes import Array
+from knnbench.kernels.cpu_rows import unit_rows
 from knnbench.kernels.cpu_tiles import TileKernels, tile_kernels
 from knnbench.metrics import Space
 from knnbench.ordering import merge_topk
@@ -70,7 +71,12 @@ class NumbaBackend(HostBackend):
 
     def prepare(self, corpus: Native, space: Space) -> TileCorpus:
         """Return the prepared rows."""
-        return TileCorpus(prepared_rows(corpus, space))
+        if space.is_integer or not space.metric.unit_rows:
+            return TileCorpus(corpus)
+        result = np.empty_like(corpus)
+        parts = list(slices(len(corpus), chunk_rows(space.n_features)))
+        run_tasks(lambda rows: unit_rows(corpus[rows], result[rows]), parts, thread_count())
+        return TileCorpus(result)
 
     def pairwise(self, queries: Native, prepared: TileCorpus, space: Space, budget: int) -> Native:
         """Return all distances."""
@@ -87,7 +93,7 @@ class NumbaBackend(HostBackend):
             for part in slices(n_corpus, columns):
                 target = result[rows, part]
                 values = target if is_direct else np.empty(target.shape, space.ranked)
-                kernels.pairwise(block, prepared.rows, part.start, part.stop, *work.arrays, values)
+                kernels.pairwise(block, prepared.rows, part.start, part.stop, *work, values)
                 finished = space.finish(values)
                 if finished is not target:
                     target[...] = finished
@@ -117,10 +123,10 @@ class NumbaBackend(HostBackend):
                 if filtering is not None:
                     filtered = filtering.workspace(len(block), space.n_features, prepared.centre)
                     start = filtering.knn(
-                        block, prepared.rows, first, start, part.stop, space.gram_error, *filtered.arrays, *heap
+                        block, prepared.rows, first, start, part.stop, space.gram_error, *filtered, *heap
                     )
                 if start < part.stop:
-                    direct.knn(block, prepared.rows, first, start, part.stop, 0.0, *work.arrays, *heap)
+                    direct.knn(block, prepared.rows, first, start, part.stop, 0.0, *work, *heap)
             direct.order(block, prepared.rows, *heap, work.values)
 
         run_tasks(task, [(rows, n) for rows in tasks.blocks for n in range(len(found))], tasks.threads)
@@ -182,12 +188,16 @@ class _Tasks:
 
 def prepared_rows(rows: Array, space: Space) -> Array:
     """Return rows as the metric accumulates them."""
-    return rows if space.is_integer else space.metric.prepare_rows(np, rows)
+    if space.is_integer or not space.metric.unit_rows:
+        return rows
+    result = np.empty_like(rows)
+    unit_rows(rows, result)
+    return result
 
 
 def prepared_bytes(space: Space) -> int:
-    """Return what is held to prepare one query: several copies where rows are scaled to unit length."""
-    return 8 * 8 * space.n_features if space.metric.unit_rows and not space.is_integer else 0
+    """Return what is held to prepare one query."""
+    return space.dtype.itemsize * space.n_features if space.metric.unit_rows and not space.is_integer else 0
 
 
 def run_tasks(task: Callable[[Any], Any], pieces: Iterable[Any], threads: int) -> None:

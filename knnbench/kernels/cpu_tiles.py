@@ -16,10 +16,12 @@ The naive form of all kernels is `knnbench.backends.python`.
 """
 
 import functools
+import itertools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -28,7 +30,7 @@ from numba.extending import register_jitable
 from knnbench.dtypes import Array
 from knnbench.kernels.compilation import compile_cached
 from knnbench.kernels.cpu_loops import column_dtype, move, move_square, row_values, tile, trailing_zeros
-from knnbench.kernels.cpu_simd import CENTRE, Level, Vectors, cpu_features, simd_level, vectors_of
+from knnbench.kernels.cpu_simd import CENTRE, LEVEL_VARIABLE, Level, Vectors, cpu_features, simd_level, vectors_of
 from knnbench.kernels.heap import make_heap, sift_down, sort_heap
 from knnbench.metrics import Space, add_absolute, add_product, add_square, keep_largest
 
@@ -109,12 +111,13 @@ def plan_of(space: Space, level: Level, features: frozenset[str], *, filtered: b
     return Plan(panels, vectors(f"{kind}-{wide}"), product, "cosine" if kind == "product" else "gram")
 
 
-@dataclass(frozen=True, slots=True)
-class Workspace:
-    """What a task holds beside its rows and its answer.
+class Workspace(NamedTuple):
+    """What a task holds beside its rows and its answer, as the kernels take it.
 
     Attributes
     ----------
+    centre : (n_features,) array
+        What to take from all rows before they are filtered, or empty.
     queries, panel : arrays of elements
         The packed queries of the task, and one packed panel of the corpus.
     columns : (panel rows,) array
@@ -131,10 +134,9 @@ class Workspace:
         Which of them are of interest.
     values : array
         Those of some rows.
-    centre : array
-        The corpus mean, or empty.
     """
 
+    centre: Array
     queries: Array
     panel: Array
     columns: Array
@@ -145,18 +147,9 @@ class Workspace:
     out: Array
     hits: Array
     values: Array
-    centre: Array
-
-    @property
-    def arrays(self) -> tuple[Array, ...]:
-        """All of them, as the kernels take them."""
-        return (
-            self.queries, self.panel, self.columns, self.corpus_norms, self.query_norms, self.shifts, self.limits,
-            self.out, self.hits, self.values, self.centre,
-        )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TileKernels:
     """The compiled kernels of a plan; all release the interpreter lock.
 
@@ -164,7 +157,7 @@ class TileKernels:
     ----------
     plan : Plan
     knn : callable
-        ``(queries, corpus, first, start, stop, error, *workspace.arrays, values, indices) -> int`` takes corpus rows
+        ``(queries, corpus, first, start, stop, error, *workspace, values, indices) -> int`` takes corpus rows
         from `start` on into the heaps of the k smallest, which hold those from `first` to `start`; returns the row
         at which it stopped, before `stop` only if the filter lets too many pass.
     knn_rows : callable
@@ -174,51 +167,62 @@ class TileKernels:
         ``(queries, corpus, values, indices, workspace.values)`` turns heaps into ascending lists; floats are computed
         once more, so that they do not depend on how they were found.
     pairwise : callable
-        ``(queries, corpus, start, stop, *workspace.arrays, out)`` fills (n_queries, stop - start) values to rank.
+        ``(queries, corpus, start, stop, *workspace, out)`` fills (n_queries, stop - start) values to rank.
     """
 
     plan: Plan
-    space_norms: str
     knn: Callable[..., int]
     knn_rows: Callable[..., None]
     order: Callable[..., None]
     pairwise: Callable[..., None]
 
+    @functools.cached_property
+    def _dtypes(self) -> tuple[np.dtype[Any], ...]:
+        operation, of_rows = self.plan.panels.operation, self.plan.rows.operation.accumulator
+        of_columns = column_dtype(self.plan.key, operation.accumulator)
+        of_norms = operation.accumulator if operation.accumulator.startswith("float") else "int64"
+        names = operation.element, operation.accumulator, of_columns, of_norms, of_rows, "int64"
+        return tuple(np.dtype(name) for name in names)
+
+    @functools.cached_property
+    def _shape(self) -> tuple[int, int, int]:
+        vectors = self.plan.panels
+        return vectors.tile_shape[0], vectors.panel_rows, vectors.operation.group
+
     def workspace(self, n_queries: int, n_features: int, centre: Array | None = None) -> Workspace:
         """Return the arrays for a task of so many queries."""
-        vectors = self.plan.panels
-        operation, element = vectors.operation, np.dtype(vectors.operation.element)
-        height, width = vectors.tile_shape[0], vectors.panel_rows
-        row_elements = vectors.groups(n_features) * operation.group
+        (height, width, group), (element, accumulator, column, norm, row, word) = self._shape, self._dtypes
+        row_elements = -(-n_features // group) * group
         padded = -(-n_queries // height) * height
-        of_columns = np.dtype(column_dtype(self.plan.key, operation.accumulator))
         return Workspace(
-            aligned(padded * row_elements, element),
-            aligned(width * row_elements, element),
-            np.zeros(width, of_columns),
-            np.zeros(width, self.space_norms),
-            np.zeros(padded, self.space_norms),
-            aligned(width, np.dtype(operation.accumulator)),
-            np.zeros(padded, of_columns),
-            aligned(height * width, np.dtype(operation.accumulator)),
-            np.zeros(height, np.int64),
-            np.zeros(ROWS, self.plan.rows.operation.accumulator),
-            np.zeros(0, element) if centre is None else centre,
+            np.empty(0, element) if centre is None else centre,
+            *carved(
+                (padded * row_elements, element),
+                (width * row_elements, element),
+                (width, column),
+                (width, norm),
+                (padded, norm),
+                (width, accumulator),
+                (padded, column),
+                (height * width, accumulator),
+                (height, word),
+                (ROWS, row),
+            ),
         )
 
     def workspace_bytes(self, n_features: int) -> tuple[int, int]:
         """Return what `workspace` takes for a tile of queries, or a part of one, and besides."""
-        vectors = self.plan.panels
-        row = vectors.groups(n_features) * vectors.width // vectors.lanes
-        height, width = vectors.tile_shape[0], vectors.panel_rows
-        return height * (row + 16), width * (row + 24 + 8 * height) + 4 * ALIGNMENT + 64
+        (height, width, group), element = self._shape, self._dtypes[0]
+        row = -(-n_features // group) * group * element.itemsize
+        return height * (row + 16), width * (row + 24 + 8 * height) + 12 * ALIGNMENT
 
 
-def aligned(count: int, dtype: np.dtype[Any]) -> Array:
-    """Return an array of zeros that starts at a multiple of the widest vector."""
-    raw = np.zeros(count * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + count * dtype.itemsize].view(dtype)
+def carved(*sizes: tuple[int, np.dtype[Any]]) -> list[Array]:
+    """Return arrays of zeros, of so many elements of a dtype, each at a multiple of the widest vector."""
+    room = [-(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT for count, dtype in sizes]
+    raw = np.zeros(sum(room) + ALIGNMENT, np.uint8)
+    starts = itertools.accumulate(room, initial=-raw.__array_interface__["data"][0] % ALIGNMENT)
+    return [np.frombuffer(raw, dtype, count, at) for (count, dtype), at in zip(sizes, starts, strict=False)]
 
 
 def tile_kernels(space: Space, *, filtered: bool = False) -> TileKernels:
@@ -230,7 +234,15 @@ def tile_kernels(space: Space, *, filtered: bool = False) -> TileKernels:
     filtered : bool
         For floats: whether squared distances are filtered by products.
     """
-    return compiled_kernels(plan_of(space, simd_level(), cpu_features(), filtered=filtered), space)
+    form = space.form
+    # All that follows from the space; found again in microseconds, which a small search takes itself.
+    key = form.accumulate, form.rank, space.dtype, space.accumulator, filtered, os.environ.get(LEVEL_VARIABLE)
+    if key not in _chosen:
+        _chosen[key] = compiled_kernels(plan_of(space, simd_level(), cpu_features(), filtered=filtered), space)
+    return _chosen[key]
+
+
+_chosen: dict[Any, TileKernels] = {}
 
 
 def compiled_kernels(plan: Plan, space: Space) -> TileKernels:
@@ -425,8 +437,8 @@ def _compiled(
 
     @compile_cached(nogil=True, error_model="numpy")
     def knn(
-        queries: Any, corpus: Any, first: Any, start: Any, stop: Any, error: Any, packed: Any, panel: Any, columns: Any,
-        corpus_norms: Any, query_norms: Any, shifts: Any, limits: Any, out: Any, hits: Any, row: Any, centre: Any,
+        queries: Any, corpus: Any, first: Any, start: Any, stop: Any, error: Any, centre: Any, packed: Any, panel: Any,
+        columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, limits: Any, out: Any, hits: Any, row: Any,
         values: Any, indices: Any,
     ) -> Any:  # fmt: skip
         n_queries, n_features = queries.shape
@@ -503,8 +515,8 @@ def _compiled(
 
     @compile_cached(nogil=True, error_model="numpy")
     def pairwise(
-        queries: Any, corpus: Any, start: Any, stop: Any, packed: Any, panel: Any, columns: Any, corpus_norms: Any,
-        query_norms: Any, shifts: Any, limits: Any, out: Any, hits: Any, row: Any, centre: Any, result: Any,
+        queries: Any, corpus: Any, start: Any, stop: Any, centre: Any, packed: Any, panel: Any, columns: Any,
+        corpus_norms: Any, query_norms: Any, shifts: Any, limits: Any, out: Any, hits: Any, row: Any, result: Any,
     ) -> None:  # fmt: skip
         n_queries, n_features = queries.shape
         n_groups = (n_features + group - 1) // group
@@ -519,5 +531,4 @@ def _compiled(
                         value = value_of(out[t * width + r], query_norms[i + t], corpus_norms[r])
                         result[i + t, begin - start + r] = value
 
-    norms_dtype = "int64" if not is_float else plan.panels.operation.accumulator
-    return TileKernels(plan, norms_dtype, knn, knn_rows, order, pairwise)
+    return TileKernels(plan, knn, knn_rows, order, pairwise)

@@ -89,7 +89,7 @@ def test_tiles_knn(benchmark, case):
     values, indices = np.empty((len(queries), K), space.ranked), np.empty((len(queries), K), np.int64)
 
     def search():
-        kernels.knn(*inputs, 0, 0, len(corpus), 0.0, *workspace.arrays, values, indices)
+        kernels.knn(*inputs, 0, 0, len(corpus), 0.0, *workspace, values, indices)
         kernels.order(*inputs, values, indices, workspace.values)
 
     timed(benchmark, search)
@@ -100,5 +100,5 @@ def test_tiles_knn(benchmark, case):
 def test_tiles_pairwise(benchmark, case):
     kernels, (queries, corpus), space, inputs, workspace = tiles(case)
     values = np.empty((len(queries), len(corpus)), space.ranked)
-    timed(benchmark, lambda: kernels.pairwise(*inputs, 0, len(corpus), *workspace.arrays, values))
+    timed(benchmark, lambda: kernels.pairwise(*inputs, 0, len(corpus), *workspace, values))
     assert_pairwise(space.finish(values), queries, corpus, space.metric.name, "numba")
