@@ -38,7 +38,17 @@ from knnbench.kernels.cpu_simd import (
     vectors_named,
 )
 
-__all__ = ["KEYS", "column_dtype", "emit_loop", "move", "move_square", "row_values", "tile", "trailing_zeros"]
+__all__ = [
+    "KEYS",
+    "column_dtype",
+    "emit_loop",
+    "move",
+    "move_square",
+    "row_values",
+    "tile",
+    "tile_sums",
+    "trailing_zeros",
+]
 
 # numba's annotations cover neither its tools for code generation nor what its decorator makes of a function.
 cgutils: Any = untyped_cgutils
@@ -251,6 +261,39 @@ def column_dtype(key: str, accumulator: str) -> str:
     return "float32" if accumulator == "int32" else "float64"
 
 
+def tile_sums(builder: Builder, form: Vectors, queries: Any, panel: Any, n_groups: Any) -> list[Any]:
+    """Emit the loop over groups of features; return the accumulators, those of the first query first.
+
+    Parameters
+    ----------
+    builder : ir.IRBuilder
+    form : Vectors
+    queries, panel : ir.Value
+        Addresses of a panel of queries and of one of the corpus.
+    n_groups : ir.Value
+        At least 1.
+    """
+    n_queries, n_vectors = form.tile_shape
+    unit_bytes = form.width // form.lanes
+    unit = TYPES[form.operation.element] if form.operation.group == 1 else ir.IntType(8 * unit_bytes)
+
+    def step(group: Any, accs: list[Any]) -> list[Any]:
+        at = builder.mul(group, INT64(n_vectors * form.width))
+        places = [builder.add(at, INT64(v * form.width)) for v in range(n_vectors)]
+        corpus = [builder.load(_at(builder, panel, place, form.elements), align=form.width) for place in places]
+        at, following = builder.mul(group, INT64(n_queries * unit_bytes)), []
+        for i in range(n_queries):
+            address = _at(builder, queries, builder.add(at, INT64(i * unit_bytes)), unit)
+            query = _splat(builder, builder.load(address, align=unit_bytes), form.lanes)
+            query = builder.bitcast(query, form.elements)
+            own = accs[i * n_vectors : (i + 1) * n_vectors]
+            following += [form.step(builder, acc, query, rows) for acc, rows in zip(own, corpus, strict=True)]
+        return following
+
+    zeros = [ir.Constant(form.accumulators, None)] * (n_queries * n_vectors)
+    return emit_loop(builder, n_groups, zeros, step)
+
+
 @intrinsic(prefer_literal=True)
 def tile(
     typing_context: Any, vectors: Any, key: Any, queries: Any, first: Any, panel: Any, n_groups: Any, columns: Any,
@@ -296,7 +339,6 @@ def tile(
     operation = form.operation
     n_queries, n_vectors = form.tile_shape
     pairs = [(i, v) for i in range(n_queries) for v in range(n_vectors)]
-    unit = TYPES[operation.element] if operation.group == 1 else ir.IntType(8 * form.width // form.lanes)
     unit_bytes = form.width // form.lanes
     key_bytes = np.dtype(column_dtype(key.literal_value, operation.accumulator)).itemsize
     key_type = TYPES[column_dtype(key.literal_value, operation.accumulator)]
@@ -308,25 +350,7 @@ def tile(
         first, n_groups = args[3], args[5]
         queries = builder.gep(queries, [builder.mul(builder.mul(first, n_groups), INT64(unit_bytes))])
 
-        def step(group: Any, accs: list[Any]) -> list[Any]:
-            at = builder.mul(group, INT64(n_vectors * form.width))
-            corpus = [
-                builder.load(
-                    _at(builder, panel, builder.add(at, INT64(v * form.width)), form.elements), align=form.width
-                )
-                for v in range(n_vectors)
-            ]
-            at, following = builder.mul(group, INT64(n_queries * unit_bytes)), []
-            for i in range(n_queries):
-                address = _at(builder, queries, builder.add(at, INT64(i * unit_bytes)), unit)
-                query = _splat(builder, builder.load(address, align=unit_bytes), form.lanes)
-                query = builder.bitcast(query, form.elements)
-                own = accs[i * n_vectors : (i + 1) * n_vectors]
-                following += [form.step(builder, acc, query, rows) for acc, rows in zip(own, corpus, strict=True)]
-            return following
-
-        zero = ir.Constant(form.accumulators, None)
-        accs = emit_loop(builder, n_groups, [zero] * len(pairs), step)
+        accs = tile_sums(builder, form, queries, panel, n_groups)
         if operation.centred:
             vector = form.accumulators
             added = [

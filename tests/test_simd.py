@@ -1,0 +1,365 @@
+"""The CPU's vector kernels: at every level, on odd sizes, with the machine code they become on CPUs that are not here.
+
+Kernels at the level of this CPU are proved by the tests of all backends. Here the lower ones run too, and, on vectors
+of 64 bytes, what AVX-512 would run, with each instruction replaced by its form for every CPU: that checks layouts and
+loops. That the instruction itself is there is read off the machine code.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numba
+import numpy as np
+import pytest
+from llvmlite import binding, ir
+
+from knnbench import InvalidInputError, UnsupportedError, knn, pairwise
+from knnbench.kernels import cpu_probes, cpu_tiles
+from knnbench.kernels.cpu_loops import tile_sums
+from knnbench.kernels.cpu_simd import (
+    CENTRE,
+    LEVELS,
+    OPERATIONS,
+    Level,
+    Vectors,
+    cpu_features,
+    simd_level,
+    vectors_of,
+)
+from knnbench.kernels.cpu_tiles import OPERATION_OF, Plan, compiled_kernels, plan_of
+from knnbench.metrics import METRICS, Space
+
+from ._checks import assert_identical
+from .test_ceilings import ARM, X86, loops
+
+WIDE = Level("wide", 64, 32)
+
+# Levels to run here: those of this CPU below its best, which all other tests run at, and the wide one.
+RUN = [level for level in LEVELS.values() if not level.lacks(cpu_features()) and level != simd_level()] + [WIDE]
+
+
+def expected(queries, corpus, metric, k):
+    """Return all distances by the definition, in integers or float64, and the k nearest in the total order."""
+    q, c = (rows.astype(np.int64 if rows.dtype == np.uint8 else np.float64) for rows in (queries, corpus))
+    if metric == "cosine":
+        norms = np.sqrt((q * q).sum(axis=1)[:, None].astype(float) * (c * c).sum(axis=1))
+        distances = 1 - (q @ c.T) / norms
+    else:
+        reduce = {"cityblock": lambda d: abs(d).sum(2), "chebyshev": lambda d: abs(d).max(2)}
+        squares = lambda d: (d * d).sum(2)  # noqa: E731
+        distances = np.concatenate([reduce.get(metric, squares)(row[None, None] - c[None]) for row in q])
+        if metric == "euclidean":
+            distances = np.sqrt(distances)
+    return distances, np.argsort(distances, axis=1, kind="stable")[:, :k]
+
+
+def check(queries, corpus, metric, k):
+    distances, nearest = expected(queries, corpus, metric, k)
+    found = knn(queries, corpus, k, metric, backend="numba")
+    everything = pairwise(queries, corpus, metric, backend="numba")
+    if queries.dtype == np.uint8:
+        assert_identical(found.indices, nearest)
+        kept = np.take_along_axis(distances, nearest, axis=1)
+        assert_identical(found.distances, kept.astype(found.distances.dtype))
+        if metric != "cosine":
+            assert_identical(everything, distances.astype(everything.dtype))
+        return
+    eps = float(np.finfo(queries.dtype).eps)
+    allowed = (queries.shape[1] + 8) * eps * distances.max()
+    assert np.abs(everything - distances).max() <= allowed
+    # A neighbour may be another one if it is as near, but for the rounding of the direct form.
+    assert np.abs(np.take_along_axis(distances, found.indices, axis=1) - found.distances).max() <= allowed
+    kept = np.take_along_axis(distances, nearest, axis=1)
+    assert (found.distances <= kept * (1 + queries.shape[1] * eps) + eps).all()
+    assert (np.diff(found.distances, axis=1) >= 0).all()
+    assert all(len(set(row)) == k for row in found.indices.tolist())
+
+
+def random_rows(rng, dtype, n, n_features):
+    rows = rng.integers(0, 256, (n, n_features))
+    rows[:, 0] += rows[:, 0] == 0  # no row of zeros
+    return rows.astype(dtype) if dtype == "uint8" else (rows + rng.normal(size=rows.shape)).astype(dtype)
+
+
+@pytest.fixture(params=RUN, ids=lambda level: level.name)
+def level(request, monkeypatch):
+    monkeypatch.setattr(cpu_tiles, "simd_level", lambda: request.param)
+    monkeypatch.setattr(cpu_tiles, "_chosen", {})
+    return request.param
+
+
+SPACES = [(metric, "uint8") for metric in ("cityblock", "euclidean", "chebyshev", "cosine")]
+SPACES += [(metric, "float32") for metric in ("cityblock", "euclidean", "chebyshev")]
+SPACES += [("euclidean", "float64")]
+
+
+@pytest.mark.parametrize(("metric", "dtype"), SPACES, ids=str)
+def test_every_level_answers_as_the_definition(metric, dtype, level, rng):
+    space = Space(METRICS[metric], np.dtype(dtype), 1)
+    plan = plan_of(space, level, frozenset())
+    width, (height, _) = plan.panels.panel_rows, plan.panels.tile_shape
+    vector = max(plan.panels.features, plan.rows.features)
+    for n_features in sorted({2, vector - 1, vector, vector + 1, 784, 1000} - {0, 1}):
+        for n_queries, n_corpus, k in ((height + 1, 2 * width + 1, 3), (2, width + 1, width), (1, width - 1, 1)):
+            queries, corpus = (random_rows(rng, dtype, n, n_features) for n in (n_queries, n_corpus))
+            check(queries, corpus, metric, min(k, n_corpus))
+    if metric != "cosine":
+        check(random_rows(rng, dtype, height, 1), random_rows(rng, dtype, 3 * width, 1), metric, 2)
+
+
+@pytest.mark.parametrize(("metric", "dtype"), SPACES, ids=str)
+def test_thousands_of_ties_come_in_the_order_of_their_index(metric, dtype, level, rng):
+    corpus = rng.integers(1, 3, (3000, 3)).astype(dtype)
+    queries = rng.integers(1, 3, (5, 3)).astype(dtype)
+    for k in (1, 700, 3000):
+        distances, nearest = knn(queries, corpus, k, metric, backend="numba")
+        assert (np.lexsort((nearest, distances), axis=1) == np.arange(k)).all()
+        assert_identical(nearest, expected(queries, corpus, metric, k)[1])
+
+
+@pytest.mark.parametrize("k", [1, 15, 16, 17, 255, 256, 257])
+def test_k_at_the_borders_of_panels(k, rng):
+    for dtype in ("uint8", "float32"):
+        queries, corpus = (random_rows(rng, dtype, n, 40) for n in (9, 257))
+        check(queries, corpus, "cityblock", k)
+        check(queries, corpus, "euclidean", k)
+
+
+# --- products of unsigned with signed bytes, which only some CPUs have an instruction for
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("n_features", [1, 3, 4, 5, 63, 64, 65, 784])
+def test_products_of_bytes(metric, n_features, rng):
+    space = Space(METRICS[metric], np.dtype(np.uint8), n_features)
+    quads = Vectors(OPERATIONS["product-uint8"], WIDE.width, WIDE.registers)
+    plan = plan_of(space, WIDE, frozenset())
+    kernels = compiled_kernels(Plan(quads, plan.rows, plan.norms, plan.key), space)
+    queries, corpus = (random_rows(rng, "uint8", n, n_features) for n in (17, 100))
+    queries[0], corpus[0], corpus[1] = 255, 255, 1
+    values, indices = np.empty((17, 7), space.ranked), np.empty((17, 7), np.int64)
+    everything = np.empty((17, 100), space.ranked)
+    work = kernels.workspace(17, n_features)
+    assert kernels.knn(queries, corpus, 0, 0, 100, 0.0, *work, values, indices) == 100
+    kernels.order(queries, corpus, values, indices, work.values)
+    kernels.pairwise(queries, corpus, 0, 100, *work, everything)
+    distances, nearest = expected(queries, corpus, "cosine" if metric == "cosine" else "sqeuclidean", 7)
+    if metric == "euclidean":
+        assert_identical(indices, nearest)
+        assert_identical(everything, distances.astype(space.ranked))
+    else:
+        assert np.abs(everything - distances).max() <= 4 * np.finfo(float).eps
+    assert_identical(values, np.take_along_axis(everything, indices, axis=1))
+    assert (np.lexsort((indices, values), axis=1) == np.arange(7)).all()
+
+
+def test_what_centring_takes_away_is_given_back(rng, monkeypatch):
+    monkeypatch.setattr(cpu_tiles, "CENTRE", CENTRE - 1)
+    cpu_tiles._compiled.cache_clear()
+    try:
+        with pytest.raises(AssertionError):
+            test_products_of_bytes("euclidean", 5, rng)
+    finally:
+        cpu_tiles._compiled.cache_clear()
+
+
+# --- the filter of floats
+
+
+def filtered(queries, corpus, k, centre, error):
+    """Return at which row the filtering kernel stopped, and the lists if it did not."""
+    space = Space(METRICS["sqeuclidean"], queries.dtype, queries.shape[1])
+    kernels = compiled_kernels(plan_of(space, simd_level(), cpu_features(), filtered=True), space)
+    work = kernels.workspace(len(queries), space.n_features, centre)
+    values, indices = np.empty((len(queries), k), space.ranked), np.empty((len(queries), k), np.int64)
+    stop = kernels.knn(queries, corpus, 0, 0, len(corpus), error, *work, values, indices)
+    kernels.order(queries, corpus, values, indices, work.values)
+    return stop, values, indices
+
+
+def far_apart(rng, dtype):
+    """Return rows whose squared distances differ by less than the filter's rounding, far from the centre given."""
+    corpus = (1000 + rng.normal(size=(4000, 64)) * 1e-2).astype(dtype)
+    return corpus[:5] + dtype(1e-3), corpus
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_filter_loses_no_neighbour(dtype, rng):
+    space = Space(METRICS["sqeuclidean"], np.dtype(dtype), 64)
+    ordinary = rng.normal(size=(9, 64)).astype(dtype), rng.normal(size=(4000, 64)).astype(dtype)
+    for queries, corpus in (far_apart(rng, dtype), ordinary):
+        centre = corpus.mean(axis=0, dtype=np.float64).astype(dtype)
+        stop, values, indices = filtered(queries, corpus, 3, centre, space.gram_error)
+        assert stop == len(corpus)
+        distances = expected(queries, corpus, "sqeuclidean", 3)[0]
+        best = np.sort(distances, axis=1)[:, :3]
+        assert (values <= best * (1 + 80 * np.finfo(dtype).eps)).all()
+        assert np.abs(np.take_along_axis(distances, indices, axis=1) - values).max() <= 1e-5 * values.max()
+
+
+def test_without_its_error_the_filter_would_lose_neighbours(rng):
+    queries, corpus = far_apart(rng, np.float32)
+    stop, values, _ = filtered(queries, corpus, 3, np.zeros(64, np.float32), 0.0)
+    best = np.sort(expected(queries, corpus, "sqeuclidean", 3)[0], axis=1)[:, :3]
+    assert stop < len(corpus) or (values > 1.01 * best).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e19])
+def test_a_filter_that_is_of_no_use_stops(scale, rng):
+    # Far from the centre given, the error exceeds all distances; or norms overflow.
+    corpus = ((1000 + rng.normal(size=(20_000, 64)) * 1e-3) * scale).astype(np.float32)
+    queries = corpus[:8].copy()
+    space = Space(METRICS["sqeuclidean"], np.dtype(np.float32), 64)
+    stop, _, _ = filtered(queries, corpus, 3, np.zeros(64, np.float32), space.gram_error)
+    assert stop < len(corpus)
+    # The search as a whole goes on by the direct form.
+    assert (knn(queries, corpus, 1, "sqeuclidean", backend="numba").distances == 0).all()
+
+
+# --- machine code for CPUs that are not here
+
+CPUS = {
+    "avx2": (X86, "haswell", LEVELS["avx2"], frozenset({"avx2", "fma"}), r"%ymm"),
+    "avx-vnni": (X86, "alderlake", LEVELS["avx2"], frozenset({"avx2", "fma", "avxvnni"}), r"%ymm"),
+    "avx512": (X86, "skylake-avx512", LEVELS["avx512"], frozenset(), r"%zmm"),
+    "vnni": (X86, "icelake-server", LEVELS["avx512"], frozenset({"avx512vnni"}), r"%zmm"),
+    "sse": (X86, "nehalem", Level("generic", 16, 16), frozenset(), r"%xmm"),
+    "arm": (ARM, "neoverse-v1", Level("generic", 16, 32), frozenset(), r"\bv\d+\."),
+}
+# LLVM joins VPMADDWD and the addition where a CPU can do both at once.
+INSTRUCTIONS = {"absolute-uint8": r"psadbw", "product-int16": r"pmaddwd|vpdpwssd", "product-uint8": r"vpdpbusd"}
+
+
+def tile_loop(operation, cpu, shape=None):
+    """Return the form of an operation on a CPU, and the loop of its tile in assembly."""
+    triple, name, level, features, _ = CPUS[cpu]
+    form = vectors_of(operation, level, features)
+    if shape:
+        kept = ("operation", "width", "lanes", "elements", "accumulators", "step")
+        form = SimpleNamespace(**{key: getattr(form, key) for key in kept}, tile_shape=shape)
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    module = ir.Module()
+    module.triple = triple
+    byte = ir.IntType(8).as_pointer()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte, byte, ir.IntType(64), byte]), "tile")
+    queries, panel, n_groups, out = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    for number, acc in enumerate(tile_sums(builder, form, queries, panel, n_groups)):
+        place = builder.gep(out, [ir.IntType(64)(number * form.width)])
+        builder.store(acc, builder.bitcast(place, acc.type.as_pointer()), align=1)
+    builder.ret_void()
+    machine = binding.Target.from_triple(triple).create_target_machine(cpu=name, opt=3)
+    parsed = binding.parse_assembly(str(module))
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(parsed, passes)
+    found = [lines for lines in loops(machine.emit_assembly(parsed)) if len(lines) > 8]
+    assert found
+    return form, max(found, key=len)
+
+
+def uses_stack(lines):
+    # A constant may be taken from memory; what is on the stack was pushed out of a register.
+    return any(re.search(r"\(%rsp|\(%rbp|\[sp\b", line) for line in lines)
+
+
+FLOATS = ["absolute-float32", "square-float32", "product-float32", "largest-float32", "product-float64"]
+IN_REGISTERS = [(operation, cpu) for operation in [*FLOATS, "largest-uint8"] for cpu in CPUS]
+IN_REGISTERS += [(operation, cpu) for operation in INSTRUCTIONS for cpu in ("avx2", "avx-vnni", "avx512", "vnni")]
+
+
+@pytest.mark.parametrize(("operation", "cpu"), IN_REGISTERS, ids=str)
+def test_the_sums_of_a_tile_stay_in_registers(operation, cpu):
+    form, lines = tile_loop(operation, cpu)
+    if operation in INSTRUCTIONS and not form.instruction:
+        pytest.skip("this CPU has no instruction of its own for it")
+    assert not uses_stack(lines)
+    assert any(re.search(CPUS[cpu][4], line) for line in lines)
+
+
+@pytest.mark.parametrize("cpu", ["avx2", "avx-vnni", "avx512", "vnni"])
+@pytest.mark.parametrize("operation", INSTRUCTIONS)
+def test_each_pair_of_vectors_takes_one_instruction(operation, cpu):
+    form, lines = tile_loop(operation, cpu)
+    count = sum(bool(re.search(INSTRUCTIONS[operation], line)) for line in lines)
+    height, width = form.tile_shape
+    if form.instruction:
+        # The compiler may repeat the loop's body.
+        assert count in [times * height * width for times in (1, 2, 4)]
+    else:
+        assert count == 0
+        assert (operation, cpu) in {("product-uint8", "avx2"), ("product-uint8", "avx512")}
+
+
+def test_a_tile_too_large_for_the_registers_is_found():
+    assert uses_stack(tile_loop("product-float32", "avx2", shape=(6, 3))[1])
+
+
+# --- levels
+
+
+def test_the_level_can_be_chosen(monkeypatch):
+    monkeypatch.delenv("KNNBENCH_SIMD", raising=False)
+    best = simd_level()
+    for level in LEVELS.values():
+        monkeypatch.setenv("KNNBENCH_SIMD", level.name)
+        if level.lacks(cpu_features()):
+            with pytest.raises(UnsupportedError, match=f"'{level.name}' and this CPU lacks "):
+                simd_level()
+        else:
+            assert simd_level() == level
+    assert best in LEVELS.values()
+    monkeypatch.setenv("KNNBENCH_SIMD", "mmx")
+    with pytest.raises(InvalidInputError, match=r"KNNBENCH_SIMD is 'mmx'; expected one of: avx512, avx2, generic"):
+        simd_level()
+
+
+def test_a_process_keeps_to_the_level_it_is_told():
+    code = """
+import numpy as np
+from knnbench import knn
+from knnbench.kernels import cpu_tiles
+rows = np.arange(40, dtype=np.uint8).reshape(10, 4)
+print(knn(rows, rows, 2, "cityblock", backend="numba").indices[:, 1].tolist())
+print({kernels.plan.panels.width for kernels in cpu_tiles._chosen.values()})
+"""
+    environment = {**os.environ, "KNNBENCH_SIMD": "generic"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["[1, 0, 1, 2, 3, 4, 5, 6, 7, 8]", "{16}"]
+
+
+def test_every_metric_has_operations():
+    forms = [form for metric in METRICS.values() for form in (metric.floating, metric.integer)]
+    assert {form.accumulate for form in forms} == OPERATION_OF.keys()
+
+
+# --- probes
+
+
+@pytest.mark.parametrize("operation", INSTRUCTIONS)
+def test_probes_execute_nothing_but_the_instruction(operation):
+    try:
+        vectors = cpu_probes.instruction_vectors(operation)
+    except UnsupportedError:
+        assert operation == "product-uint8"
+        pytest.skip("this CPU has no instruction of its own for it")
+    chains = cpu_probes.instruction_chains(vectors).py_func
+    fresh = numba.njit(chains)
+    fresh(3, 1)
+    (asm,) = fresh.inspect_asm().values()
+    found = [[bool(re.search(INSTRUCTIONS[operation], line)) for line in lines] for lines in loops(asm)]
+    assert any(map(any, found))
+    for is_instruction in filter(any, found):
+        assert sum(is_instruction) % cpu_probes.accumulators() == 0
+        # Counting and jumping apart.
+        assert is_instruction.count(False) <= 4
+
+
+def test_probes_count_what_they_do():
+    vectors = Vectors(OPERATIONS["absolute-uint8"], 32, 16, "llvm.x86.avx2.psad.bw")
+    assert cpu_probes.instruction_operations(vectors) == cpu_probes.accumulators() * 32
