@@ -120,12 +120,34 @@ def test_thousands_of_ties_come_in_the_order_of_their_index(metric, dtype, level
         assert_identical(nearest, expected(queries, corpus, metric, k)[1])
 
 
-@pytest.mark.parametrize("k", [1, 15, 16, 17, 255, 256, 257])
+@pytest.mark.parametrize("k", [1, 15, 16, 17, 127, 128, 129, 255, 256, 257])
 def test_k_at_the_borders_of_panels(k, rng):
     for dtype in ("uint8", "float32"):
         queries, corpus = (random_rows(rng, dtype, n, 40) for n in (9, 257))
         check(queries, corpus, "cityblock", k)
         check(queries, corpus, "euclidean", k)
+
+
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal"])
+@pytest.mark.parametrize("k", [1, 127, 128, 1000, 2999, 3000])
+def test_many_neighbours(k, order, rng):
+    values = {"random": rng.permutation(3000), "ascending": np.arange(3000), "descending": np.arange(3000)[::-1]}
+    column = values.get(order, np.full(3000, 7))
+    corpus = np.stack([column % 256, column // 256], axis=1).astype(np.uint8)
+    queries = np.array([[0, 0], [255, 11], [100, 3]], np.uint8)
+    found = knn(queries, corpus, k, "cityblock", backend="numba")
+    distances, nearest = expected(queries, corpus, "cityblock", k)
+    assert_identical(found.indices, nearest)
+    assert_identical(found.distances, np.take_along_axis(distances, nearest, axis=1).astype(np.int32))
+
+
+def test_not_a_number_ends_the_search_all_the_same(rng):
+    corpus = rng.normal(size=(3000, 20)).astype(np.float32)
+    corpus[rng.random(corpus.shape) < 0.3] = np.nan
+    for k in (3, 500, 3000):
+        indices = knn(corpus[:9], corpus, k, "cityblock", backend="numba", check_finite=False).indices
+        assert indices.shape == (9, k)
+        assert ((indices >= 0) & (indices < 3000)).all()
 
 
 # --- products of unsigned with signed bytes, which only some CPUs have an instruction for
@@ -143,8 +165,9 @@ def test_products_of_bytes(metric, n_features, rng):
     values, indices = np.empty((17, 7), space.ranked), np.empty((17, 7), np.int64)
     everything = np.empty((17, 100), space.ranked)
     work = kernels.workspace(17, n_features)
-    assert kernels.knn(queries, corpus, 0, 0, 100, 0.0, *work, values, indices) == 100
-    kernels.order(queries, corpus, values, indices, work.values)
+    lists = kernels.lists(17, 7, 100)
+    assert kernels.knn(queries, corpus, 0, 0, 100, 0.0, *work, 7, *lists) == 100
+    kernels.order(queries, corpus, work.values, 7, *lists, values, indices)
     kernels.pairwise(queries, corpus, 0, 100, *work, everything)
     distances, nearest = expected(queries, corpus, "cosine" if metric == "cosine" else "sqeuclidean", 7)
     if metric == "euclidean":
@@ -175,8 +198,9 @@ def filtered(queries, corpus, k, centre, error):
     kernels = compiled_kernels(plan_of(space, simd_level(), cpu_features(), filtered=True), space)
     work = kernels.workspace(len(queries), space.n_features, centre)
     values, indices = np.empty((len(queries), k), space.ranked), np.empty((len(queries), k), np.int64)
-    stop = kernels.knn(queries, corpus, 0, 0, len(corpus), error, *work, values, indices)
-    kernels.order(queries, corpus, values, indices, work.values)
+    lists = kernels.lists(len(queries), k, len(corpus))
+    stop = kernels.knn(queries, corpus, 0, 0, len(corpus), error, *work, k, *lists)
+    kernels.order(queries, corpus, work.values, k, *lists, values, indices)
     return stop, values, indices
 
 

@@ -1,9 +1,9 @@
 """numba on the CPU: vector instructions in tiles that fit the registers, on all cores."""
 
+import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from knnbench.blocking import block_shape, chunk_rows, slices
 from knnbench.dtypes import Array
 from knnbench.kernels.cpu_rows import unit_rows
-from knnbench.kernels.cpu_tiles import TileKernels, tile_kernels
+from knnbench.kernels.cpu_tiles import TileKernels, list_room, tile_kernels
 from knnbench.metrics import Space
 from knnbench.ordering import merge_topk
 from knnbench.threads import thread_count
@@ -52,7 +52,7 @@ class TileCorpus:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @cached_property
+    @functools.cached_property
     def centre(self) -> Array:
         """A point amid the rows, by which they are centred."""
         sample = self.rows[:: max(1, len(self.rows) // CENTRE_ROWS)]
@@ -106,34 +106,32 @@ class NumbaBackend(HostBackend):
         n_queries, n_corpus = len(queries), len(prepared)
         direct = tile_kernels(space)
         filtering = tile_kernels(space, filtered=True) if _is_filtered(space, k, n_corpus) else None
-        tasks = _Tasks(direct, space, n_queries, n_corpus, budget, k=k)
+        tasks = _Tasks(direct, space, n_queries, n_corpus, budget, k=k, per_query=16 * list_room(k, n_corpus))
         in_rows = n_queries <= FEW_QUERIES and space.n_features >= direct.plan.rows.features
-        lists = [(np.empty((n_queries, min(k, part.stop - part.start)), space.ranked), part) for part in tasks.parts]
-        found = [(values, np.empty(values.shape, np.int64), part) for values, part in lists]
+        shapes = [(n_queries, min(k, part.stop - part.start)) for part in tasks.parts]
+        found = [(np.empty(shape, space.ranked), np.empty(shape, np.int64)) for shape in shapes]
 
         def task(piece: tuple[slice, int]) -> None:
             rows, number = piece
-            values, indices, part = found[number]
-            block, heap = prepared_rows(queries[rows], space), (values[rows], indices[rows])
-            first = start = part.start
+            part, block, kept = tasks.parts[number], prepared_rows(queries[rows], space), shapes[number][1]
+            first, start, stop = part.start, part.start, part.stop
+            lists = direct.lists(len(block), kept, stop - first)
             work = direct.workspace(len(block), space.n_features)
             if in_rows:
-                direct.knn_rows(block, prepared.rows, first, part.stop, work.query_norms, work.values, *heap)
-            else:
-                if filtering is not None:
-                    filtered = filtering.workspace(len(block), space.n_features, prepared.centre)
-                    start = filtering.knn(
-                        block, prepared.rows, first, start, part.stop, space.gram_error, *filtered, *heap
-                    )
-                if start < part.stop:
-                    direct.knn(block, prepared.rows, first, start, part.stop, 0.0, *work, *heap)
-            direct.order(block, prepared.rows, *heap, work.values)
+                direct.knn_rows(block, prepared.rows, first, stop, work.query_norms, work.values, kept, *lists)
+                start = stop
+            elif filtering is not None:
+                filtered = filtering.workspace(len(block), space.n_features, prepared.centre)
+                start = filtering.knn(
+                    block, prepared.rows, first, start, stop, space.gram_error, *filtered, kept, *lists
+                )
+            if start < stop:
+                direct.knn(block, prepared.rows, first, start, stop, 0.0, *work, kept, *lists)
+            ranked, nearest = found[number]
+            direct.order(block, prepared.rows, work.values, kept, *lists, ranked[rows], nearest[rows])
 
         run_tasks(task, [(rows, n) for rows in tasks.blocks for n in range(len(found))], tasks.threads)
-        ranked, nearest = found[0][:2]
-        for values, indices, _ in found[1:]:
-            ranked, nearest = merge_topk((ranked, nearest), (values, indices), k)
-        return ranked, nearest
+        return functools.reduce(lambda a, b: merge_topk(a, b, k), found)
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return the instruction of the kernel's inner loop, where one is known to bind it."""

@@ -31,10 +31,10 @@ from knnbench.dtypes import Array
 from knnbench.kernels.compilation import compile_cached
 from knnbench.kernels.cpu_loops import column_dtype, move, move_square, row_values, tile, trailing_zeros
 from knnbench.kernels.cpu_simd import CENTRE, LEVEL_VARIABLE, Level, Vectors, cpu_features, simd_level, vectors_of
-from knnbench.kernels.heap import make_heap, sift_down, sort_heap
+from knnbench.kernels.heap import keep_smallest, make_heap, sift_down, sort_heap
 from knnbench.metrics import Space, add_absolute, add_product, add_square, keep_largest
 
-__all__ = ["Plan", "TileKernels", "Workspace", "plan_of", "tile_kernels"]
+__all__ = ["Plan", "TileKernels", "Workspace", "list_room", "plan_of", "tile_kernels"]
 
 # The first word of the names of operations, by the scalar function of a metric.
 OPERATION_OF: dict[Callable[..., Any], str] = {
@@ -52,6 +52,9 @@ PACKED_BYTES = 16 * 1024
 # query so many times k, plus a constant, which any data needs.
 PASSED_SHARE = 8
 PASSED_QUERY = 64
+
+# From so many neighbours on, candidates are collected before the k smallest of them are kept: a heap costs log k each.
+MANY = 128
 
 # float32 keys of cosine on uint8 are off by three roundings at the most; rows within this of the limit are looked at.
 COSINE_SLACK = 1e-6
@@ -156,21 +159,24 @@ class TileKernels:
     Attributes
     ----------
     plan : Plan
+    ranked : numpy.dtype
+        Of the values that are ranked.
     knn : callable
-        ``(queries, corpus, first, start, stop, error, *workspace, values, indices) -> int`` takes corpus rows
-        from `start` on into the heaps of the k smallest, which hold those from `first` to `start`; returns the row
-        at which it stopped, before `stop` only if the filter lets too many pass.
+        ``(queries, corpus, first, start, stop, error, *workspace, k, *lists) -> int`` takes corpus rows from `start` on
+        into the lists, which hold those from `first` to `start`; returns the row at which it stopped, which is before
+        `stop` only if the filter lets too many pass.
     knn_rows : callable
-        ``(queries, corpus, first, stop, query_norms, row_values, values, indices)``, the middle two of the workspace,
-        takes all rows from `first` on as they lie; they have at least `plan.rows.features` features.
+        ``(queries, corpus, first, stop, workspace.query_norms, workspace.values, k, *lists)`` takes all rows from
+        `first` on as they lie; they have at least `plan.rows.features` features.
     order : callable
-        ``(queries, corpus, values, indices, workspace.values)`` turns heaps into ascending lists; floats are computed
-        once more, so that they do not depend on how they were found.
+        ``(queries, corpus, workspace.values, k, *lists, ranked, nearest)`` fills (n_queries, k) arrays with the k
+        smallest in ascending order; floats are computed once more, so that they do not depend on how they were found.
     pairwise : callable
         ``(queries, corpus, start, stop, *workspace, out)`` fills (n_queries, stop - start) values to rank.
     """
 
     plan: Plan
+    ranked: np.dtype[Any]
     knn: Callable[..., int]
     knn_rows: Callable[..., None]
     order: Callable[..., None]
@@ -210,11 +216,22 @@ class TileKernels:
             ),
         )
 
+    def lists(self, n_queries: int, k: int, n_rows: int) -> tuple[Array, Array, Array]:
+        """Return values, indices and counts of the k smallest of some rows, and of those that may be among them."""
+        room = list_room(k, n_rows)
+        shape = n_queries, room
+        return np.empty(shape, self.ranked), np.empty(shape, np.int64), np.zeros(n_queries, np.int64)
+
     def workspace_bytes(self, n_features: int) -> tuple[int, int]:
         """Return what `workspace` takes for a tile of queries, or a part of one, and besides."""
         (height, width, group), element = self._shape, self._dtypes[0]
         row = -(-n_features // group) * group * element.itemsize
         return height * (row + 16), width * (row + 24 + 8 * height) + 12 * ALIGNMENT
+
+
+def list_room(k: int, n_rows: int) -> int:
+    """Return how many pairs a list of the k smallest of some rows has room for."""
+    return k if k < MANY else min(2 * k, n_rows)
 
 
 def carved(*sizes: tuple[int, np.dtype[Any]]) -> list[Array]:
@@ -403,17 +420,33 @@ def _compiled(
                 shifts[r] = CENTRE * total
 
     @register_jitable
-    def insert(values: Any, indices: Any, i: Any, count: Any, value: Any, index: Any) -> None:
-        """Take a row, after all with smaller indices, into the k smallest of query i, of which `count` are there."""
-        k = values.shape[1]
-        if count < k:
-            values[i, count], indices[i, count] = value, index
-            if count == k - 1:
-                make_heap(values, indices, i)
-        elif value < values[i, 0]:
-            # One that equals the k-th value comes after it.
+    def insert(k: Any, values: Any, indices: Any, counts: Any, i: Any, seen: Any, value: Any, index: Any) -> None:
+        """Take a row, after `seen` others with smaller indices, into list i.
+
+        A list with room for k is a heap. One with more room is filled before the k smallest are kept, which is cheaper
+        for many. The k-th smallest stands first in both, from the time that the room was filled.
+        """
+        room = values.shape[1]
+        if seen < room:
+            values[i, seen], indices[i, seen] = value, index
+            counts[i] = seen + 1
+            if seen + 1 < room:
+                return
+            if room == k:
+                make_heap(values, indices, i, k)
+                return
+        elif not value < values[i, 0]:  # one that equals the k-th value comes after it
+            return
+        elif room == k:
             values[i, 0], indices[i, 0] = value, index
             sift_down(values, indices, i, 0, k)
+            return
+        else:
+            values[i, counts[i]], indices[i, counts[i]] = value, index
+            counts[i] += 1
+        if counts[i] == room:
+            keep_smallest(values, indices, i, room, k)
+            counts[i] = k
 
     @register_jitable
     def limit(largest: Any, query_norm: Any, error: Any) -> Any:
@@ -439,23 +472,23 @@ def _compiled(
     def knn(
         queries: Any, corpus: Any, first: Any, start: Any, stop: Any, error: Any, centre: Any, packed: Any, panel: Any,
         columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, limits: Any, out: Any, hits: Any, row: Any,
-        values: Any, indices: Any,
+        k: Any, values: Any, indices: Any, counts: Any,
     ) -> Any:  # fmt: skip
         n_queries, n_features = queries.shape
-        k, n_groups = values.shape[1], (n_features + group - 1) // group
+        room, n_groups = values.shape[1], (n_features + group - 1) // group
         pack_queries(queries, packed, query_norms, centre, row)
-        if start - first >= k:
+        if start - first >= room:
             for i in range(n_queries):
                 limits[i] = limit(values[i, 0], query_norms[i], error)
         if is_filtered and not query_norms[:n_queries].max() <= largest_norm:
             return start
-        passed, allowed = 0, n_queries * (4 * k + PASSED_QUERY)
+        passed, allowed = 0, n_queries * (4 * room + PASSED_QUERY)
         for begin in range(start, stop, width):
             count = min(width, stop - begin)
             pack_panel(corpus, begin, count, panel, columns, corpus_norms, shifts, centre, row)
             if is_filtered and not corpus_norms.max() <= largest_norm:
                 return begin
-            is_filling = begin - first < k
+            is_filling = begin - first < room
             present = (np.int64(1) << count) - 1 if count < 64 else np.int64(-1)
             for i in range(0, n_queries, height):
                 always = np.int64(is_filling)
@@ -475,7 +508,7 @@ def _compiled(
                             value = pair(queries, i + t, corpus, begin + r, row)
                         else:
                             value = value_of(acc, query_norm, corpus_norms[r])
-                        insert(values, indices, i + t, seen, value, begin + r)
+                        insert(k, values, indices, counts, i + t, seen, value, begin + r)
                     limits[i + t] = limit(values[i + t, 0], query_norm, error)
             if passed > allowed + (begin + count - start) * n_queries // PASSED_SHARE:
                 return begin + count
@@ -483,8 +516,9 @@ def _compiled(
 
     @compile_cached(nogil=True, error_model="numpy")
     def knn_rows(
-        queries: Any, corpus: Any, first: Any, stop: Any, query_norms: Any, row: Any, values: Any, indices: Any
-    ) -> None:
+        queries: Any, corpus: Any, first: Any, stop: Any, query_norms: Any, row: Any, k: Any, values: Any,
+        indices: Any, counts: Any,
+    ) -> None:  # fmt: skip
         n_queries, n_features = queries.shape
         if rank_uses_norms:
             for i in range(n_queries):
@@ -502,16 +536,22 @@ def _compiled(
                         row_values(rows, 1, corpus, j, queries, i + t, n_features, row)
                     acc = row[t] if count == ROWS else row[0]
                     value = ranked(rank(acc, query_norms[i + t], corpus_norm)) if rank_uses_norms else acc
-                    insert(values, indices, i + t, j - first, value, j)
+                    insert(k, values, indices, counts, i + t, j - first, value, j)
 
     @compile_cached(nogil=True, error_model="numpy")
-    def order(queries: Any, corpus: Any, values: Any, indices: Any, row: Any) -> None:
+    def order(
+        queries: Any, corpus: Any, row: Any, k: Any, values: Any, indices: Any, counts: Any, ranked: Any, nearest: Any
+    ) -> None:
         for i in range(len(values)):
+            if counts[i] > k:
+                keep_smallest(values, indices, i, counts[i], k)
             if is_float:
-                for t in range(values.shape[1]):
+                for t in range(k):
                     values[i, t] = pair(queries, i, corpus, indices[i, t], row)
-                make_heap(values, indices, i)
-            sort_heap(values, indices, i)
+            make_heap(values, indices, i, k)
+            sort_heap(values, indices, i, k)
+            for t in range(k):
+                ranked[i, t], nearest[i, t] = values[i, t], indices[i, t]
 
     @compile_cached(nogil=True, error_model="numpy")
     def pairwise(
@@ -531,4 +571,4 @@ def _compiled(
                         value = value_of(out[t * width + r], query_norms[i + t], corpus_norms[r])
                         result[i + t, begin - start + r] = value
 
-    return TileKernels(plan, knn, knn_rows, order, pairwise)
+    return TileKernels(plan, np.dtype(ranked.name), knn, knn_rows, order, pairwise)

@@ -221,7 +221,7 @@ def sort_lists(values: Any, indices: Any) -> None:
     """Turn heaps into ascending lists, a thread for each."""
     i = cuda.grid(1)
     if i < values.shape[0]:
-        sort_heap(values, indices, i)
+        sort_heap(values, indices, i, values.shape[1])
 
 
 @compiled

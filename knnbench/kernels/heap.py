@@ -1,13 +1,13 @@
-"""Heaps of the k smallest (value, index) pairs whose largest stands first, for the kernels of both targets.
+"""Lists of the k smallest (value, index) pairs whose largest stands first, for the kernels of both targets.
 
-Arrays hold a list a row, (n_lists, k): a slice of one would count its references, which several threads do slowly.
+Arrays hold a list a row: a slice of one would count its references, which several threads do slowly.
 """
 
 from typing import Any
 
 from numba.extending import register_jitable
 
-__all__ = ["comes_before", "make_heap", "sift_down", "sort_heap"]
+__all__ = ["comes_before", "keep_smallest", "make_heap", "sift_down", "sort_heap"]
 
 
 @register_jitable
@@ -37,18 +37,56 @@ def sift_down(values: Any, indices: Any, i: Any, root: Any, size: Any) -> None:
 
 
 @register_jitable
-def make_heap(values: Any, indices: Any, i: Any) -> None:
-    """Turn list i into a heap, in place."""
-    k = values.shape[1]
-    for root in range(k // 2 - 1, -1, -1):
-        sift_down(values, indices, i, root, k)
+def make_heap(values: Any, indices: Any, i: Any, size: Any) -> None:
+    """Turn the first pairs of list i into a heap, in place."""
+    for root in range(size // 2 - 1, -1, -1):
+        sift_down(values, indices, i, root, size)
 
 
 @register_jitable
-def sort_heap(values: Any, indices: Any, i: Any) -> None:
-    """Turn heap i into an ascending list, in place."""
-    for last in range(values.shape[1] - 1, 0, -1):
-        value, index = values[i, 0], indices[i, 0]
-        values[i, 0], indices[i, 0] = values[i, last], indices[i, last]
-        values[i, last], indices[i, last] = value, index
+def sort_heap(values: Any, indices: Any, i: Any, size: Any) -> None:
+    """Turn heap i of some size into an ascending list, in place."""
+    for last in range(size - 1, 0, -1):
+        swap(values, indices, i, 0, last)
         sift_down(values, indices, i, 0, last)
+
+
+@register_jitable
+def swap(values: Any, indices: Any, i: Any, a: Any, b: Any) -> None:
+    """Exchange two pairs of list i."""
+    value, index = values[i, a], indices[i, a]
+    values[i, a], indices[i, a] = values[i, b], indices[i, b]
+    values[i, b], indices[i, b] = value, index
+
+
+@register_jitable
+def keep_smallest(values: Any, indices: Any, i: Any, size: Any, k: Any) -> None:
+    """Bring the k smallest of the first `size` pairs of list i, k less than `size`, before the others, in place.
+
+    The largest of them then stands first. By C. A. R. Hoare's FIND (Communications of the ACM 4, 1961), with the median
+    of three as the pivot; no comparison is trusted to stop a loop, because NaN answers none.
+    """
+    low, high = 0, size - 1
+    while low < high:
+        middle = low + (high - low) // 2
+        if comes_before(values[i, middle], indices[i, middle], values[i, low], indices[i, low]):
+            swap(values, indices, i, middle, low)
+        if comes_before(values[i, high], indices[i, high], values[i, low], indices[i, low]):
+            swap(values, indices, i, high, low)
+        if comes_before(values[i, middle], indices[i, middle], values[i, high], indices[i, high]):
+            swap(values, indices, i, middle, high)
+        value, index, place = values[i, high], indices[i, high], low
+        for j in range(low, high):
+            if comes_before(values[i, j], indices[i, j], value, index):
+                swap(values, indices, i, j, place)
+                place += 1
+        swap(values, indices, i, place, high)
+        if place >= k:
+            high = place - 1
+        if place <= k - 1:
+            low = place + 1
+    largest = 0
+    for j in range(1, k):
+        if comes_before(values[i, largest], indices[i, largest], values[i, j], indices[i, j]):
+            largest = j
+    swap(values, indices, i, 0, largest)

@@ -89,8 +89,9 @@ def test_tiles_knn(benchmark, case):
     values, indices = np.empty((len(queries), K), space.ranked), np.empty((len(queries), K), np.int64)
 
     def search():
-        kernels.knn(*inputs, 0, 0, len(corpus), 0.0, *workspace, values, indices)
-        kernels.order(*inputs, values, indices, workspace.values)
+        lists = kernels.lists(len(queries), K, len(corpus))
+        kernels.knn(*inputs, 0, 0, len(corpus), 0.0, *workspace, K, *lists)
+        kernels.order(*inputs, workspace.values, K, *lists, values, indices)
 
     timed(benchmark, search)
     assert_neighbors((space.finish(values), indices), queries, corpus, K, space.metric.name, "numba")
