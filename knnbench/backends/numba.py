@@ -1,6 +1,7 @@
 """numba on the CPU: vector instructions in tiles that fit the registers, on all cores."""
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -199,17 +200,27 @@ def prepared_bytes(space: Space) -> int:
 
 
 def run_tasks(task: Callable[[Any], Any], pieces: Iterable[Any], threads: int) -> None:
-    """Run `task` on all pieces, on some threads."""
-    pieces = list(pieces)
-    if len(pieces) == 1 or threads == 1:
-        for piece in pieces:
-            task(piece)
+    """Run `task` on all pieces, on some threads, of which this is one: it has its share done before another starts."""
+    left = deque(pieces)
+
+    def work() -> None:
+        while True:
+            try:
+                piece = left.popleft()
+            except IndexError:
+                return
+            try:
+                task(piece)
+            except BaseException:
+                left.clear()  # of Ctrl-C too: what runs ends, nothing more is started
+                raise
+
+    others = min(threads, len(left)) - 1
+    if others < 1:
+        work()
         return
-    with ThreadPoolExecutor(min(threads, len(pieces))) as pool:
-        try:
-            for _ in pool.map(task, pieces):
-                pass
-        except BaseException:
-            # Ctrl-C: let the running tasks end, start no more.
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with ThreadPoolExecutor(others) as pool:
+        started = [pool.submit(work) for _ in range(others)]
+        work()
+        for one in started:
+            one.result()

@@ -519,7 +519,7 @@ def _compiled(
         queries: Any, corpus: Any, first: Any, stop: Any, query_norms: Any, row: Any, k: Any, values: Any,
         indices: Any, counts: Any,
     ) -> None:  # fmt: skip
-        n_queries, n_features = queries.shape
+        (n_queries, n_features), room = queries.shape, values.shape[1]
         if rank_uses_norms:
             for i in range(n_queries):
                 query_norms[i] = norm(queries, i, row)
@@ -536,7 +536,9 @@ def _compiled(
                         row_values(rows, 1, corpus, j, queries, i + t, n_features, row)
                     acc = row[t] if count == ROWS else row[0]
                     value = ranked(rank(acc, query_norms[i + t], corpus_norm)) if rank_uses_norms else acc
-                    insert(k, values, indices, counts, i + t, j - first, value, j)
+                    # Looked at here too, because a call for every row would take as long as the row.
+                    if j - first < room or value < values[i + t, 0]:
+                        insert(k, values, indices, counts, i + t, j - first, value, j)
 
     @compile_cached(nogil=True, error_model="numpy")
     def order(
