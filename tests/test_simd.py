@@ -18,7 +18,7 @@ from llvmlite import binding, ir
 
 from knnbench import InvalidInputError, UnsupportedError, knn, pairwise
 from knnbench.kernels import cpu_probes, cpu_tiles
-from knnbench.kernels.cpu_loops import tile_sums
+from knnbench.kernels.cpu_loops import configure_matrix_unit, matrix_sums, release_matrix_unit, tile_sums
 from knnbench.kernels.cpu_simd import (
     CENTRE,
     LEVELS,
@@ -29,7 +29,7 @@ from knnbench.kernels.cpu_simd import (
     simd_level,
     vectors_of,
 )
-from knnbench.kernels.cpu_tiles import OPERATION_OF, Plan, compiled_kernels, plan_of
+from knnbench.kernels.cpu_tiles import NARROW_PRODUCTS, OPERATION_OF, Plan, compiled_kernels, plan_of
 from knnbench.metrics import METRICS, Space
 
 from ._checks import assert_identical
@@ -153,19 +153,20 @@ def test_not_a_number_ends_the_search_all_the_same(rng):
 # --- products of unsigned with signed bytes, which only some CPUs have an instruction for
 
 
+@pytest.mark.parametrize("operation", NARROW_PRODUCTS)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("n_features", [1, 3, 4, 5, 63, 64, 65, 784])
-def test_products_of_bytes(metric, n_features, rng):
+def test_products_of_bytes(metric, n_features, operation, rng):
     space = Space(METRICS[metric], np.dtype(np.uint8), n_features)
-    quads = Vectors(OPERATIONS["product-uint8"], WIDE.width, WIDE.registers)
+    quads = Vectors(OPERATIONS[operation], WIDE.width, WIDE.registers)
     plan = plan_of(space, WIDE, frozenset())
     kernels = compiled_kernels(Plan(quads, plan.rows, plan.norms, plan.key), space)
-    queries, corpus = (random_rows(rng, "uint8", n, n_features) for n in (17, 100))
+    queries, corpus = (random_rows(rng, "uint8", n, n_features) for n in (37, 100))
     queries[0], corpus[0], corpus[1] = 255, 255, 1
-    values, indices = np.empty((17, 7), space.ranked), np.empty((17, 7), np.int64)
-    everything = np.empty((17, 100), space.ranked)
-    work = kernels.workspace(17, n_features)
-    lists = kernels.lists(17, 7, 100)
+    values, indices = np.empty((37, 7), space.ranked), np.empty((37, 7), np.int64)
+    everything = np.empty((37, 100), space.ranked)
+    work = kernels.workspace(37, n_features)
+    lists = kernels.lists(37, 7, 100)
     assert kernels.knn(queries, corpus, 0, 0, 100, 0.0, *work, 7, *lists) == 100
     kernels.order(queries, corpus, work.values, 7, *lists, values, indices)
     kernels.pairwise(queries, corpus, 0, 100, *work, everything)
@@ -184,7 +185,7 @@ def test_what_centring_takes_away_is_given_back(rng, monkeypatch):
     cpu_tiles._compiled.cache_clear()
     try:
         with pytest.raises(AssertionError):
-            test_products_of_bytes("euclidean", 5, rng)
+            test_products_of_bytes("euclidean", 5, "product-uint8", rng)
     finally:
         cpu_tiles._compiled.cache_clear()
 
@@ -323,6 +324,51 @@ def test_a_tile_too_large_for_the_registers_is_found():
     assert uses_stack(tile_loop("product-float32", "avx2", shape=(6, 3))[1])
 
 
+def assembled_matrix(cpu):
+    """Return the assembly of a tile of a matrix unit, with its set-up and its release."""
+    form = Vectors(OPERATIONS["product-uint8-matrix"], 64, 32, "llvm.x86.tdpbuud")
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    module = ir.Module()
+    module.triple = X86
+    byte = ir.IntType(8).as_pointer()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte, byte, ir.IntType(64), byte]), "tile")
+    queries, panel, n_groups, out = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    configure_matrix_unit(builder)
+    for number, acc in enumerate(matrix_sums(builder, form, queries, panel, n_groups, out)):
+        place = builder.gep(out, [ir.IntType(64)((64 + number) * form.width)])
+        builder.store(acc, builder.bitcast(place, acc.type.as_pointer()), align=1)
+    release_matrix_unit(builder)
+    builder.ret_void()
+    machine = binding.Target.from_triple(X86).create_target_machine(cpu=cpu, opt=3)
+    return machine.emit_assembly(binding.parse_assembly(str(module)))
+
+
+def test_a_matrix_unit_multiplies_two_tiles_by_two():
+    asm = assembled_matrix("sapphirerapids")
+    names = re.findall(r"^\s+(ldtilecfg|tilezero|tileloadd|tdpbuud|tilestored|tilerelease)\b", asm, flags=re.MULTILINE)
+    assert names == (
+        ["ldtilecfg"] + ["tilezero"] * 4 + ["tileloadd"] * 4 + ["tdpbuud"] * 4 + ["tilestored"] * 4 + ["tilerelease"]
+    )
+    (loop,) = (lines for lines in loops(asm) if any("tdpbuud" in line for line in lines))
+    products = [re.findall(r"%tmm(\d)", line) for line in loop if "tdpbuud" in line]
+    assert products == [["6", "4", "0"], ["7", "4", "1"], ["6", "5", "2"], ["7", "5", "3"]]
+
+
+def test_a_wrong_product_is_found_before_it_is_used(monkeypatch):
+    space = Space(METRICS["sqeuclidean"], np.dtype(np.uint8), 100)
+    plan = plan_of(space, WIDE, frozenset())
+    right = Plan(Vectors(OPERATIONS["product-uint8-matrix"], 64, 32), plan.rows, plan.norms, "gram")
+    assert cpu_tiles.computes_squares(right, space)
+    wrong = Plan(plan_of(Space(METRICS["cityblock"], np.dtype(np.uint8), 100), WIDE, frozenset()).panels,
+                 plan.rows, plan.norms, "gram")  # fmt: skip
+    assert not cpu_tiles.computes_squares(wrong, space)
+    monkeypatch.setattr(cpu_tiles, "computes_squares", lambda *given: False)
+    with pytest.warns(RuntimeWarning, match="matrix unit gives wrong products"):
+        assert not cpu_tiles.matrix_unit_is_exact.__wrapped__(LEVELS["avx2"])
+
+
 # --- levels
 
 
@@ -338,7 +384,7 @@ def test_the_level_can_be_chosen(monkeypatch):
             assert simd_level() == level
     assert best in LEVELS.values()
     monkeypatch.setenv("KNNBENCH_SIMD", "mmx")
-    with pytest.raises(InvalidInputError, match=r"KNNBENCH_SIMD is 'mmx'; expected one of: avx512, avx2, generic"):
+    with pytest.raises(InvalidInputError, match=r"KNNBENCH_SIMD is 'mmx'; expected one of: amx, avx512, avx2, generic"):
         simd_level()
 
 

@@ -32,7 +32,12 @@ FEW_QUERIES = 4
 FILTERED_FEATURES = 16
 
 # The ceiling that an operation's instruction has in `knnbench.measure.ceilings`.
-CEILING_OF = {"absolute-uint8": "sad-uint8", "product-int16": "madd-int16", "product-uint8": "dot-uint8"}
+CEILING_OF = {
+    "absolute-uint8": "sad-uint8",
+    "product-int16": "madd-int16",
+    "product-uint8": "dot-uint8",
+    "product-uint8-matrix": "matrix-uint8",
+}
 
 # Features of all pairs, below which a call ends before a second thread would have started.
 SMALL = 1 << 23

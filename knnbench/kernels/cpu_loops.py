@@ -28,11 +28,13 @@ from knnbench.kernels.cpu_simd import (
     CENTRE,
     INT32,
     INT64,
+    MATRIX_ROWS,
     TYPES,
     Builder,
     Vectors,
     call,
     constant,
+    groups_summed,
     is_float,
     multiply_add,
     vectors_named,
@@ -41,10 +43,16 @@ from knnbench.kernels.cpu_simd import (
 __all__ = [
     "KEYS",
     "column_dtype",
+    "configure_matrix_unit",
     "emit_loop",
+    "matrix_instruction",
+    "matrix_sums",
     "move",
     "move_square",
+    "release_matrix_unit",
     "row_values",
+    "set_up",
+    "tear_down",
     "tile",
     "tile_sums",
     "trailing_zeros",
@@ -294,6 +302,117 @@ def tile_sums(builder: Builder, form: Vectors, queries: Any, panel: Any, n_group
     return emit_loop(builder, n_groups, zeros, step)
 
 
+def matrix_sums(builder: Builder, form: Vectors, queries: Any, panel: Any, n_groups: Any, out: Any) -> list[Any]:
+    """Store the accumulators of a tile by a matrix unit, 2 x 2 of its tiles; return them as `tile_sums` does.
+
+    Queries lie in steps of `Vectors.depth` features: as many of the first query, then of the second, and so on.
+    """
+    steps = builder.sdiv(n_groups, INT64(MATRIX_ROWS))
+    (height, n_vectors), tile_bytes = form.tile_shape, MATRIX_ROWS * form.width
+    if form.instruction:
+        stride, emit = n_vectors * form.width, functools.partial(matrix_instruction, builder)
+
+        for number in range(4):
+            emit("llvm.x86.tilezero", BYTE(number))
+
+        def step(number: Any, _: list[Any]) -> list[Any]:
+            rows = builder.gep(queries, [builder.mul(number, INT64(2 * tile_bytes))])
+            columns = builder.gep(panel, [builder.mul(number, INT64(MATRIX_ROWS * stride))])
+            for half in range(2):
+                at = builder.gep(rows, [INT64(half * tile_bytes)])
+                emit("llvm.x86.tileloadd64", BYTE(4 + half), at, INT64(form.width))
+                at = builder.gep(columns, [INT64(half * form.width)])
+                emit("llvm.x86.tileloadd64", BYTE(6 + half), at, INT64(stride))
+            for down in range(2):
+                for across in range(2):
+                    emit(form.instruction, BYTE(2 * down + across), BYTE(4 + down), BYTE(6 + across))
+            return []
+
+        emit_loop(builder, steps, [], step)
+        for down in range(2):
+            for across in range(2):
+                at = builder.gep(out, [INT64(down * MATRIX_ROWS * stride + across * form.width)])
+                emit("llvm.x86.tilestored64", BYTE(2 * down + across), at, INT64(stride))
+    else:
+
+        def pair(i: Any, _: list[Any]) -> list[Any]:
+            for v in range(n_vectors):
+
+                def product(number: Any, accs: list[Any], v: int = v) -> list[Any]:
+                    block, group = (op(number, INT64(MATRIX_ROWS)) for op in (builder.sdiv, builder.srem))
+                    row = builder.add(builder.mul(block, INT64(height)), i)
+                    at = builder.add(builder.mul(row, INT64(form.width)), builder.mul(group, INT64(4)))
+                    wide = ir.VectorType(INT32, form.width)
+                    query = _splat(builder, builder.load(_at(builder, queries, at, INT32), align=4), form.lanes)
+                    query = builder.zext(builder.bitcast(query, form.elements), wide)
+                    at = builder.add(builder.mul(number, INT64(n_vectors * form.width)), INT64(v * form.width))
+                    column = builder.load(_at(builder, panel, at, form.elements), align=form.width)
+                    products = builder.mul(query, builder.zext(column, wide))
+                    return [builder.add(accs[0], groups_summed(builder, products, 4))]
+
+                (acc,) = emit_loop(builder, n_groups, [ir.Constant(form.accumulators, None)], product)
+                at = builder.mul(builder.add(builder.mul(i, INT64(n_vectors)), INT64(v)), INT64(form.width))
+                builder.store(acc, _at(builder, out, at, acc.type), align=form.width)
+            return []
+
+        emit_loop(builder, INT64(height), [], pair)
+    return [
+        builder.load(_at(builder, out, INT64(number * form.width), form.accumulators), align=form.width)
+        for number in range(height * n_vectors)
+    ]
+
+
+@intrinsic(prefer_literal=True)
+def set_up(typing_context: Any, vectors: Any) -> Any:
+    """Prepare this thread for `tile`, where that takes anything; `tear_down` takes it back.
+
+    Parameters
+    ----------
+    vectors : str
+        Name of the `Vectors`, a constant.
+    """
+    return _of_matrix_unit(vectors, configure_matrix_unit)
+
+
+@intrinsic(prefer_literal=True)
+def tear_down(typing_context: Any, vectors: Any) -> Any:
+    """Release what `set_up` took: a thread with tiles in use is slower to switch from."""
+    return _of_matrix_unit(vectors, release_matrix_unit)
+
+
+def _of_matrix_unit(vectors: Any, emit: Callable[[Builder], Any]) -> Any:
+    if not isinstance(vectors, types.Literal):
+        return None
+    form = vectors_named(vectors.literal_value)
+
+    def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Any:
+        if form.operation.is_matrix and form.instruction:
+            emit(builder)
+        return context.get_dummy_value()
+
+    return types.void(vectors), generate
+
+
+def matrix_instruction(builder: Builder, name: str, *args: Any) -> None:
+    """Emit an instruction of the matrix unit; numbers of tiles are bytes, and constants: they are part of it."""
+    kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+def release_matrix_unit(builder: Builder) -> None:
+    """Emit the release of all tiles."""
+    matrix_instruction(builder, "llvm.x86.tilerelease")
+
+
+def configure_matrix_unit(builder: Builder) -> None:
+    """Emit the configuration of eight tiles of 16 rows of 64 bytes (Intel SDM, LDTILECFG: palette 1)."""
+    palette = [1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [MATRIX_ROWS] * 8 + [0] * 8
+    kind = ir.ArrayType(BYTE, 64)
+    place = cgutils.alloca_once(builder, kind)
+    builder.store(ir.Constant(kind, palette), place)
+    matrix_instruction(builder, "llvm.x86.ldtilecfg", builder.bitcast(place, BYTE.as_pointer()))
+
+
 @intrinsic(prefer_literal=True)
 def tile(
     typing_context: Any, vectors: Any, key: Any, queries: Any, first: Any, panel: Any, n_groups: Any, columns: Any,
@@ -350,7 +469,10 @@ def tile(
         first, n_groups = args[3], args[5]
         queries = builder.gep(queries, [builder.mul(builder.mul(first, n_groups), INT64(unit_bytes))])
 
-        accs = tile_sums(builder, form, queries, panel, n_groups)
+        if operation.is_matrix:
+            accs = matrix_sums(builder, form, queries, panel, n_groups, out)
+        else:
+            accs = tile_sums(builder, form, queries, panel, n_groups)
         if operation.centred:
             vector = form.accumulators
             added = [
@@ -374,7 +496,7 @@ def tile(
         some = call(builder, f"llvm.vector.reduce.or.v{form.lanes}i1", bit, some)
         some = builder.or_(some, builder.icmp_signed("!=", args[9], INT64(0)))
         with builder.if_then(some, likely=False):
-            for number, acc in enumerate(accs):
+            for number, acc in enumerate([] if operation.is_matrix else accs):
                 builder.store(acc, _at(builder, out, INT64(number * form.width), acc.type), align=form.width)
             for i, parts in enumerate(below):
                 words = [builder.zext(builder.bitcast(part, ir.IntType(form.lanes)), INT64) for part in parts]

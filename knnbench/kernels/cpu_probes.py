@@ -19,8 +19,8 @@ from numba.extending import intrinsic as untyped_intrinsic
 from knnbench.dtypes import Array
 from knnbench.errors import UnsupportedError
 from knnbench.kernels.compilation import compile_cached
-from knnbench.kernels.cpu_loops import emit_loop
-from knnbench.kernels.cpu_simd import Vectors, call, cpu_features, simd_level, vectors_named, vectors_of
+from knnbench.kernels.cpu_loops import configure_matrix_unit, emit_loop, matrix_instruction, release_matrix_unit
+from knnbench.kernels.cpu_simd import MATRIX_ROWS, Vectors, call, cpu_features, simd_level, vectors_named, vectors_of
 
 __all__ = [
     "ALIGNMENT",
@@ -201,14 +201,17 @@ def instruction_vectors(operation: str) -> Vectors:
     UnsupportedError
         If it has no instruction of its own there.
     """
-    vectors = vectors_of(operation, simd_level())
-    if not vectors.instruction:
+    level = simd_level()
+    vectors = vectors_of(operation, level)
+    if not vectors.instruction or (vectors.operation.is_matrix and not level.has_matrix):
         raise UnsupportedError(f"this CPU has no instruction of its own for {operation}")
     return vectors
 
 
 def instruction_operations(vectors: Vectors) -> int:
     """Return how many features one iteration of `instruction_chains` treats."""
+    if vectors.operation.is_matrix:
+        return 4 * MATRIX_ROWS * MATRIX_ROWS * vectors.width
     return accumulators() * vectors.features
 
 
@@ -231,6 +234,22 @@ def _instruction_chains(typing_context: Any, vectors: Any, n: Any, value: Any) -
         return None
     form = vectors_named(vectors.literal_value)
 
+    def multiply(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        """Multiply tiles of zeros: four products of two tiles by two, as the kernel does."""
+        emit, tile = functools.partial(matrix_instruction, builder), ir.IntType(8)
+        configure_matrix_unit(builder)
+        for number in range(8):
+            emit("llvm.x86.tilezero", tile(number))
+
+        def step(number: Any, _: list[Any]) -> list[Any]:
+            for product in range(4):
+                emit(form.instruction, tile(product), tile(4 + product // 2), tile(6 + product % 2))
+            return []
+
+        emit_loop(builder, args[1], [], step)
+        release_matrix_unit(builder)
+        return args[2]
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte = builder.trunc(args[2], ir.IntType(8))
         bytes_ = _vector(builder, ir.VectorType(byte.type, form.width), [byte] * form.width)
@@ -245,7 +264,7 @@ def _instruction_chains(typing_context: Any, vectors: Any, n: Any, value: Any) -
         parts = [builder.extract_element(total, ir.IntType(32)(lane)) for lane in range(form.lanes)]
         return builder.sext(functools.reduce(builder.add, parts), ir.IntType(64))
 
-    return types.int64(vectors, types.int64, types.int64), generate
+    return types.int64(vectors, types.int64, types.int64), multiply if form.operation.is_matrix else generate
 
 
 @functools.cache

@@ -8,9 +8,11 @@ To add an operation: a function that emits its step, and an entry in `OPERATIONS
 what every CPU does, and what the tests hold the instruction against.
 """
 
+import ctypes
 import functools
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,7 @@ __all__ = [
     "INT64",
     "LEVELS",
     "LEVEL_VARIABLE",
+    "MATRIX_ROWS",
     "OPERATIONS",
     "TYPES",
     "Builder",
@@ -37,6 +40,7 @@ __all__ = [
     "call",
     "constant",
     "cpu_features",
+    "groups_summed",
     "is_float",
     "multiply_add",
     "simd_level",
@@ -45,6 +49,9 @@ __all__ = [
 ]
 
 LEVEL_VARIABLE = "KNNBENCH_SIMD"
+
+MATRIX_ROWS = 16
+"""Rows of a tile of a matrix unit; each has the bytes of a vector."""
 
 CENTRE = 128
 """What the queries of a `Operation.centred` operation are less than the corpus rows."""
@@ -73,6 +80,11 @@ def cpu_features() -> frozenset[str]:
     return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
 
 
+def always() -> bool:
+    """Return True."""
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Level:
     """A family of CPUs whose vector instructions kernels use.
@@ -86,25 +98,51 @@ class Level:
         Vectors that the CPU can hold.
     needs : frozenset of str
         Features of the CPU, by LLVM's names.
+    is_allowed : callable
+        Whether the operating system lets this process use it.
     """
 
     name: str
     width: int
     registers: int
     needs: frozenset[str] = frozenset()
+    is_allowed: Callable[[], bool] = always
+
+    @property
+    def has_matrix(self) -> bool:
+        """Whether there is a matrix unit."""
+        return "amx-int8" in self.needs
 
     def lacks(self, features: frozenset[str]) -> frozenset[str]:
         """Return the features that a CPU with these lacks."""
         return self.needs - features
 
 
+# Linux lets a process use the registers of the matrix unit, which make its context larger, after it asked (arch/x86:
+# "Using XSTATE features in user space applications").
+ARCH_REQ_XCOMP_PERM = 0x1023
+XFEATURE_XTILEDATA = 18
+SYS_ARCH_PRCTL = 158
+
+
+@functools.cache
+def request_matrix_unit() -> bool:
+    """Ask the operating system for the matrix unit; return whether this process, all its threads, may use it."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    return bool(ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0)
+
+
 _ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
+
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"})
 
 # From the best to the one that every CPU has.
 LEVELS: dict[str, Level] = {
     level.name: level
     for level in (
-        Level("avx512", 64, 32, frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"})),
+        Level("amx", 64, 32, _AVX512 | {"amx-tile", "amx-int8"}, request_matrix_unit),
+        Level("avx512", 64, 32, _AVX512),
         Level("avx2", 32, 16, frozenset({"avx2", "fma"})),
         Level("generic", 16, 32 if _ON_ARM else 16),
     )
@@ -123,7 +161,7 @@ def simd_level() -> Level:
     """
     name = os.environ.get(LEVEL_VARIABLE, "")
     if not name:
-        return next(level for level in LEVELS.values() if not level.lacks(cpu_features()))
+        return next(level for level in LEVELS.values() if not level.lacks(cpu_features()) and level.is_allowed())
     if name not in LEVELS:
         raise InvalidInputError(
             f"${LEVEL_VARIABLE} is {name!r}; expected one of: {', '.join(LEVELS)}, or unset for the best of this CPU."
@@ -133,6 +171,11 @@ def simd_level() -> Level:
         raise UnsupportedError(
             f"${LEVEL_VARIABLE} is {name!r} and this CPU lacks {', '.join(sorted(lacking))}; leave it unset for the "
             f"best that this CPU has, or choose a lower one of: {', '.join(LEVELS)}."
+        )
+    if not LEVELS[name].is_allowed():
+        raise UnsupportedError(
+            f"${LEVEL_VARIABLE} is {name!r}, which the operating system does not let this process use; choose a lower "
+            f"one of: {', '.join(LEVELS)}."
         )
     return LEVELS[name]
 
@@ -220,7 +263,7 @@ def add_absolute_bytes(vectors: "Vectors", builder: Builder, acc: Any, queries: 
     return builder.add(acc, sums)
 
 
-def _groups_summed(builder: Builder, values: Any, group: int) -> Any:
+def groups_summed(builder: Builder, values: Any, group: int) -> Any:
     """Emit the sums of each `group` neighbouring lanes."""
     count = values.type.count // group
     none, index = ir.Constant(values.type, ir.Undefined), ir.VectorType(INT32, count)
@@ -237,7 +280,7 @@ def add_product_pairs(vectors: "Vectors", builder: Builder, acc: Any, queries: A
         return builder.add(acc, call(builder, vectors.instruction, acc.type, queries, corpus))
     wide = ir.VectorType(INT32, queries.type.count)
     products = builder.mul(builder.sext(queries, wide), builder.sext(corpus, wide))
-    return builder.add(acc, _groups_summed(builder, products, 2))
+    return builder.add(acc, groups_summed(builder, products, 2))
 
 
 def add_square_pairs(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
@@ -255,7 +298,7 @@ def add_product_quads(vectors: "Vectors", builder: Builder, acc: Any, queries: A
         )
     wide = ir.VectorType(INT32, queries.type.count)
     products = builder.mul(builder.sext(queries, wide), builder.zext(corpus, wide))
-    return builder.add(acc, _groups_summed(builder, products, 4))
+    return builder.add(acc, groups_summed(builder, products, 4))
 
 
 def add_square_longs(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
@@ -267,6 +310,11 @@ def add_square_longs(vectors: "Vectors", builder: Builder, acc: Any, queries: An
 def add_product_longs(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
     """Add q * c of 64-bit integers."""
     return builder.add(acc, builder.mul(queries, corpus))
+
+
+def no_step(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Stand where an operation has no steps of vectors."""
+    raise NotImplementedError(vectors.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,15 +334,16 @@ class Operation:
         Dtype of the accumulators; `group` elements are as wide.
     step : callable
         ``(vectors, builder, accumulators, queries, corpus) -> accumulators``.
-    instructions : mapping of str to tuple
-        By the name of a level: the instruction that `step` uses there, by LLVM's name, and the feature that a CPU of
-        the level may yet lack.
+    instructions : mapping of int to tuple
+        By the width of vectors: the instruction that `step` uses, by LLVM's name, and the feature of a CPU that has it.
     is_largest : bool
         Whether lanes are combined by the larger of them, otherwise by their sum.
     is_light : bool
         Whether `step` needs no register for values between, or hides them behind few of its instructions.
     centred : bool
         Whether `CENTRE` is taken away from the queries, so that bytes become signed.
+    is_matrix : bool
+        Whether the accumulators are not vectors but tiles of a matrix unit, and `step` therefore not used.
     """
 
     name: str
@@ -303,10 +352,11 @@ class Operation:
     group: int
     accumulator: str
     step: Callable[["Vectors", Builder, Any, Any, Any], Any]
-    instructions: Mapping[str, tuple[str, str | None]] = field(compare=False)
+    instructions: Mapping[int, tuple[str, str]] = field(compare=False)
     is_largest: bool = False
     is_light: bool = False
     centred: bool = False
+    is_matrix: bool = False
 
 
 def _floats(name: str, step: Callable[..., Any], **options: Any) -> list[Operation]:
@@ -314,12 +364,10 @@ def _floats(name: str, step: Callable[..., Any], **options: Any) -> list[Operati
     return [Operation(f"{name}-{dtype}", dtype, dtype, 1, dtype, step, {}, **options) for dtype in dtypes]
 
 
-_SAD = {"avx2": ("llvm.x86.avx2.psad.bw", None), "avx512": ("llvm.x86.avx512.psad.bw.512", None)}
-_MADD = {"avx2": ("llvm.x86.avx2.pmadd.wd", None), "avx512": ("llvm.x86.avx512.pmaddw.d.512", None)}
-_VNNI = {
-    "avx2": ("llvm.x86.avx512.vpdpbusd.256", "avxvnni"),
-    "avx512": ("llvm.x86.avx512.vpdpbusd.512", "avx512vnni"),
-}
+_SAD = {32: ("llvm.x86.avx2.psad.bw", "avx2"), 64: ("llvm.x86.avx512.psad.bw.512", "avx512bw")}
+_MADD = {32: ("llvm.x86.avx2.pmadd.wd", "avx2"), 64: ("llvm.x86.avx512.pmaddw.d.512", "avx512bw")}
+_VNNI = {32: ("llvm.x86.avx512.vpdpbusd.256", "avxvnni"), 64: ("llvm.x86.avx512.vpdpbusd.512", "avx512vnni")}
+_AMX = {64: ("llvm.x86.tdpbuud", "amx-int8")}
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
@@ -333,6 +381,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation("square-int16", "uint8", "int16", 2, "int32", add_square_pairs, _MADD),
         Operation("product-int16", "uint8", "int16", 2, "int32", add_product_pairs, _MADD, is_light=True),
         Operation("product-uint8", "uint8", "uint8", 4, "int32", add_product_quads, _VNNI, is_light=True, centred=True),
+        Operation("product-uint8-matrix", "uint8", "uint8", 4, "int32", no_step, _AMX, is_matrix=True),
         # For so many features that 32 bits cannot hold their sum.
         Operation("square-int64", "uint8", "int64", 1, "int64", add_square_longs, {}),
         Operation("product-int64", "uint8", "int64", 1, "int64", add_product_longs, {}),
@@ -380,6 +429,8 @@ class Vectors:
 
         Measured on Zen 3: a shape that leaves no register for the values between costs a third.
         """
+        if self.operation.is_matrix:
+            return 2 * MATRIX_ROWS, 2
         light = self.operation.is_light
         queries, vectors = ((8, 3) if light else (8, 2)) if self.registers == 32 else ((6, 2) if light else (4, 2))
         # A bit for each row of a panel says whether it is of interest.
@@ -395,9 +446,10 @@ class Vectors:
         """Rows, and groups of features, that are moved into a panel together."""
         return min(self.lanes, 16)
 
-    def groups(self, n_features: int) -> int:
-        """Return how many groups of features a row has."""
-        return -(-n_features // self.operation.group)
+    @property
+    def depth(self) -> int:
+        """Features that are taken together, and that a query has together in its panel; a row is filled with zeros."""
+        return self.width if self.operation.is_matrix else self.operation.group
 
     @property
     def accumulators(self) -> Any:
@@ -440,8 +492,8 @@ def vectors_of(name: str, level: Level, features: frozenset[str] | None = None) 
     features : frozenset of str, optional
     """
     present = cpu_features() if features is None else features
-    instruction, needs = OPERATIONS[name].instructions.get(level.name, ("", None))
-    if needs is not None and needs not in present:
+    instruction, needs = OPERATIONS[name].instructions.get(level.width, ("", ""))
+    if needs not in present:
         instruction = ""
     return Vectors(OPERATIONS[name], level.width, level.registers, instruction)
 

@@ -19,6 +19,7 @@ import functools
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,10 +30,29 @@ from numba.extending import register_jitable
 
 from knnbench.dtypes import Array
 from knnbench.kernels.compilation import compile_cached
-from knnbench.kernels.cpu_loops import column_dtype, move, move_square, row_values, tile, trailing_zeros
-from knnbench.kernels.cpu_simd import CENTRE, LEVEL_VARIABLE, Level, Vectors, cpu_features, simd_level, vectors_of
+from knnbench.kernels.cpu_loops import (
+    column_dtype,
+    move,
+    move_square,
+    row_values,
+    set_up,
+    tear_down,
+    tile,
+    trailing_zeros,
+)
+from knnbench.kernels.cpu_simd import (
+    CENTRE,
+    LEVEL_VARIABLE,
+    LEVELS,
+    OPERATIONS,
+    Level,
+    Vectors,
+    cpu_features,
+    simd_level,
+    vectors_of,
+)
 from knnbench.kernels.heap import keep_smallest, make_heap, sift_down, sort_heap
-from knnbench.metrics import Space, add_absolute, add_product, add_square, keep_largest
+from knnbench.metrics import METRICS, Space, add_absolute, add_product, add_square, keep_largest
 
 __all__ = ["Plan", "TileKernels", "Workspace", "list_room", "plan_of", "tile_kernels"]
 
@@ -43,6 +63,9 @@ OPERATION_OF: dict[Callable[..., Any], str] = {
     add_product: "product",
     keep_largest: "largest",
 }
+
+# Products of bytes, the fastest first, which only some CPUs have instructions for.
+NARROW_PRODUCTS = ("product-uint8-matrix", "product-uint8")
 
 # Bytes of a panel that a row fills before the next row does: they stay in the first-level cache until all rows did,
 # and memory gives more to one long stream than to many short ones.
@@ -109,8 +132,8 @@ def plan_of(space: Space, level: Level, features: frozenset[str], *, filtered: b
     if space.form.from_dot is None:
         direct = vectors(f"{kind}-uint8")
         return Plan(direct, direct, product, "value")
-    quads = vectors("product-uint8")
-    panels = quads if quads.instruction and wide == "int16" else product
+    narrow = [vectors(name) for name in NARROW_PRODUCTS if level.has_matrix or not OPERATIONS[name].is_matrix]
+    panels = next((form for form in narrow if form.instruction and wide == "int16"), product)
     return Plan(panels, vectors(f"{kind}-{wide}"), product, "cosine" if kind == "product" else "gram")
 
 
@@ -193,12 +216,12 @@ class TileKernels:
     @functools.cached_property
     def _shape(self) -> tuple[int, int, int]:
         vectors = self.plan.panels
-        return vectors.tile_shape[0], vectors.panel_rows, vectors.operation.group
+        return vectors.tile_shape[0], vectors.panel_rows, vectors.depth
 
     def workspace(self, n_queries: int, n_features: int, centre: Array | None = None) -> Workspace:
         """Return the arrays for a task of so many queries."""
-        (height, width, group), (element, accumulator, column, norm, row, word) = self._shape, self._dtypes
-        row_elements = -(-n_features // group) * group
+        (height, width, depth), (element, accumulator, column, norm, row, word) = self._shape, self._dtypes
+        row_elements = -(-n_features // depth) * depth
         padded = -(-n_queries // height) * height
         return Workspace(
             np.empty(0, element) if centre is None else centre,
@@ -224,8 +247,8 @@ class TileKernels:
 
     def workspace_bytes(self, n_features: int) -> tuple[int, int]:
         """Return what `workspace` takes for a tile of queries, or a part of one, and besides."""
-        (height, width, group), element = self._shape, self._dtypes[0]
-        row = -(-n_features // group) * group * element.itemsize
+        (height, width, depth), element = self._shape, self._dtypes[0]
+        row = -(-n_features // depth) * depth * element.itemsize
         return height * (row + 16), width * (row + 24 + 8 * height) + 12 * ALIGNMENT
 
 
@@ -255,8 +278,35 @@ def tile_kernels(space: Space, *, filtered: bool = False) -> TileKernels:
     # All that follows from the space; found again in microseconds, which a small search takes itself.
     key = form.accumulate, form.rank, space.dtype, space.accumulator, filtered, os.environ.get(LEVEL_VARIABLE)
     if key not in _chosen:
-        _chosen[key] = compiled_kernels(plan_of(space, simd_level(), cpu_features(), filtered=filtered), space)
+        level = simd_level()
+        if level.has_matrix and not matrix_unit_is_exact(level):
+            level = LEVELS["avx512"]
+        _chosen[key] = compiled_kernels(plan_of(space, level, cpu_features(), filtered=filtered), space)
     return _chosen[key]
+
+
+@functools.cache
+def matrix_unit_is_exact(level: Level) -> bool:
+    """Return whether a level's matrix unit gives the products that integers give; warn if it does not.
+
+    No test can run it where there is none, and a wrong product would be a wrong neighbour.
+    """
+    space = Space(METRICS["sqeuclidean"], np.dtype(np.uint8), 100)
+    is_exact = computes_squares(plan_of(space, level, cpu_features()), space)
+    if not is_exact:
+        warnings.warn("this CPU's matrix unit gives wrong products and is not used", RuntimeWarning, stacklevel=2)
+    return is_exact
+
+
+def computes_squares(plan: Plan, space: Space) -> bool:
+    """Return whether a plan gives the squared distances of some rows of uint8."""
+    rng = np.random.default_rng(0)
+    queries, corpus = (rng.integers(0, 256, (n, space.n_features), np.uint8) for n in (35, 70))
+    queries[0], corpus[0], corpus[1] = 255, 255, 0
+    kernels, found = compiled_kernels(plan, space), np.empty((35, 70), space.ranked)
+    kernels.pairwise(queries, corpus, 0, 70, *kernels.workspace(35, space.n_features), found)
+    differences = queries[:, None].astype(np.int64) - corpus[None]
+    return bool((found == (differences**2).sum(axis=2)).all())
 
 
 _chosen: dict[Any, TileKernels] = {}
@@ -289,7 +339,7 @@ def _compiled(
     rank = register_jitable(rank_scalar)
     key, is_float = plan.key, plan.panels.operation.accumulator.startswith("float")
     panels, rows, squares = plan.panels.name, plan.rows.name, plan.norms.name
-    group, is_centred = plan.panels.operation.group, plan.panels.operation.centred
+    group, depth, is_centred = plan.panels.operation.group, plan.panels.depth, plan.panels.operation.centred
     (height, _), width = plan.panels.tile_shape, plan.panels.panel_rows
     row_features, square_features = plan.rows.features, plan.norms.features
     square = plan.panels.square
@@ -323,7 +373,7 @@ def _compiled(
             acc = product(acc, np.int64(rows[i, f]), np.int64(rows[i, f]))
         return acc
 
-    def filler(is_query: int, lanes: int) -> Callable[..., None]:
+    def filler(is_query: int, lanes: int, group: int) -> Callable[..., None]:
         """Return a function that packs features of rows into a panel of `lanes` rows, from its element `offset` on."""
 
         @register_jitable
@@ -344,7 +394,7 @@ def _compiled(
 
         return fill
 
-    fill_queries, fill_corpus = filler(1, height), filler(0, width)
+    fill_queries, fill_corpus = filler(1, height, depth), filler(0, width, group)
 
     @register_jitable
     def centre_rows(
@@ -369,12 +419,12 @@ def _compiled(
     @register_jitable
     def pack_queries(queries: Any, packed: Any, norms: Any, centre: Any, values: Any) -> None:
         n_queries, n_features = queries.shape
-        n_groups = (n_features + group - 1) // group
+        n_steps = (n_features + depth - 1) // depth
         packed[:] = 0
         norms[:] = 0
         for i in range(0, n_queries, height):
-            count, offset = min(height, n_queries - i), i * n_groups * group
-            fill_queries(queries, i, count, 0, n_groups, packed, offset, 0)
+            count, offset = min(height, n_queries - i), i * n_steps * depth
+            fill_queries(queries, i, count, 0, n_steps, packed, offset, 0)
             if is_filtered:
                 centre_rows(packed, offset, height, 0, count, 0, n_features, centre, norms, i)
             elif needs_norms:
@@ -386,9 +436,9 @@ def _compiled(
         corpus: Any, start: Any, count: Any, panel: Any, columns: Any, norms: Any, shifts: Any, centre: Any, values: Any
     ) -> None:
         n_features = corpus.shape[1]
-        n_groups = (n_features + group - 1) // group
+        n_groups = (n_features + depth - 1) // depth * (depth // group)
         in_squares, step = n_features // (square * group) * square, width * group
-        if count < width or n_features % group:
+        if count < width or n_features % depth:
             panel[:] = 0
         norms[:] = 0
         for begin in range(0, in_squares, chunk):
@@ -475,7 +525,7 @@ def _compiled(
         k: Any, values: Any, indices: Any, counts: Any,
     ) -> Any:  # fmt: skip
         n_queries, n_features = queries.shape
-        room, n_groups = values.shape[1], (n_features + group - 1) // group
+        room, n_groups = values.shape[1], (n_features + depth - 1) // depth * (depth // group)
         pack_queries(queries, packed, query_norms, centre, row)
         if start - first >= room:
             for i in range(n_queries):
@@ -483,6 +533,7 @@ def _compiled(
         if is_filtered and not query_norms[:n_queries].max() <= largest_norm:
             return start
         passed, allowed = 0, n_queries * (4 * room + PASSED_QUERY)
+        set_up(panels)
         for begin in range(start, stop, width):
             count = min(width, stop - begin)
             pack_panel(corpus, begin, count, panel, columns, corpus_norms, shifts, centre, row)
@@ -512,6 +563,7 @@ def _compiled(
                     limits[i + t] = limit(values[i + t, 0], query_norm, error)
             if passed > allowed + (begin + count - start) * n_queries // PASSED_SHARE:
                 return begin + count
+        tear_down(panels)  # no filter has a set-up, so that nothing returns before
         return stop
 
     @compile_cached(nogil=True, error_model="numpy")
@@ -561,7 +613,8 @@ def _compiled(
         corpus_norms: Any, query_norms: Any, shifts: Any, limits: Any, out: Any, hits: Any, row: Any, result: Any,
     ) -> None:  # fmt: skip
         n_queries, n_features = queries.shape
-        n_groups = (n_features + group - 1) // group
+        n_groups = (n_features + depth - 1) // depth * (depth // group)
+        set_up(panels)
         pack_queries(queries, packed, query_norms, centre, row)
         for begin in range(start, stop, width):
             count = min(width, stop - begin)
@@ -572,5 +625,6 @@ def _compiled(
                     for r in range(count):
                         value = value_of(out[t * width + r], query_norms[i + t], corpus_norms[r])
                         result[i + t, begin - start + r] = value
+        tear_down(panels)
 
     return TileKernels(plan, np.dtype(ranked.name), knn, knn_rows, order, pairwise)

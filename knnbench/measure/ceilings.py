@@ -64,6 +64,7 @@ _PROBES = (
     Probe("sad-uint8", "operations/s", "cpu", "absolute differences, summed by eight (SAD)", f"{HOST}:sad_uint8"),
     Probe("madd-int16", "operations/s", "cpu", "multiply-adds, summed by two (VPMADDWD)", f"{HOST}:madd_int16"),
     Probe("dot-uint8", "operations/s", "cpu", "multiply-adds, summed by four (VNNI)", f"{HOST}:dot_uint8"),
+    Probe("matrix-uint8", "operations/s", "cpu", "multiply-adds of a matrix unit (AMX)", f"{HOST}:matrix_uint8"),
     Probe("gemm-float32", "operations/s", "cpu", "multiply-adds of numpy's matrix product", f"{HOST}:gemm_float32"),
     Probe("gemm-float64", "operations/s", "cpu", "multiply-adds of numpy's matrix product", f"{HOST}:gemm_float64"),
     Probe("copy-in", "bytes/s", "cuda", "page-locked host memory to the device", f"{DEVICE}:copy_in"),

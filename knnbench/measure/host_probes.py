@@ -32,6 +32,7 @@ __all__ = [
     "growing_products",
     "in_threads",
     "madd_int16",
+    "matrix_uint8",
     "read",
     "sad_uint8",
     "stream_bytes",
@@ -213,6 +214,11 @@ def madd_int16(threads: int, seconds: float) -> float:
 def dot_uint8(threads: int, seconds: float) -> float:
     """Return multiply-adds of uint8 with int8 a second, by the instruction that sums four of them."""
     return _instructions("product-uint8", threads, seconds)
+
+
+def matrix_uint8(threads: int, seconds: float) -> float:
+    """Return multiply-adds of uint8 a second, by the instruction of a matrix unit."""
+    return _instructions("product-uint8-matrix", threads, seconds)
 
 
 def cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
