@@ -435,7 +435,7 @@ def compiled():
     return json.loads(done.stdout)
 
 
-OPTIONAL = {
+INSTRUCTIONS = {
     ("add_chains", "float32"): "FADD",
     ("add_chains", "float64"): "DADD",
     ("fma_chains", "float32"): "FFMA",
