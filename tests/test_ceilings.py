@@ -379,7 +379,7 @@ def test_products_grow_until_one_fills_its_time():
 
 
 def test_a_cpu_without_multiply_add_is_refused(monkeypatch):
-    monkeypatch.setattr(cpu_probes, "_features", lambda: {"avx": True})
+    monkeypatch.setattr(cpu_probes, "cpu_features", lambda: frozenset({"avx"}))
     monkeypatch.setattr(cpu_probes.platform, "machine", lambda: "x86_64")
     answer = probe_worker.run_probe(PROBES["fma-float32"], 1, 0.01)
     assert answer == {"reason": "UnsupportedError: this CPU has no fused multiply-add"}
