@@ -84,20 +84,28 @@ def random_rows(rng, dtype, n, n_features):
     return rows.astype(dtype) if dtype == "uint8" else (rows + rng.normal(size=rows.shape)).astype(dtype)
 
 
-@pytest.fixture(params=RUN, ids=lambda level: level.name)
-def level(request, monkeypatch):
-    monkeypatch.setattr(cpu_tiles, "simd_level", lambda: request.param)
-    monkeypatch.setattr(cpu_tiles, "_chosen", {})
-    return request.param
+@pytest.fixture
+def at_level(monkeypatch):
+    """Return a function that makes numba's backend compute at a level."""
+
+    def choose(level):
+        monkeypatch.setattr(cpu_tiles, "simd_level", lambda: level)
+        monkeypatch.setattr(cpu_tiles, "_chosen", {})
+
+    return choose
 
 
 SPACES = [(metric, "uint8") for metric in ("cityblock", "euclidean", "chebyshev", "cosine")]
 SPACES += [(metric, "float32") for metric in ("cityblock", "euclidean", "chebyshev")]
-SPACES += [("euclidean", "float64")]
+CASES = [(*space, level) for space in SPACES for level in RUN]
+# Every kernel takes seconds to compile, and float64 has the steps of float32.
+CASES += [("euclidean", "float64", level) for level in RUN if level != WIDE]
+CASES = [pytest.param(*case, id=f"{case[0]} {case[1]} {case[2].name}") for case in CASES]
 
 
-@pytest.mark.parametrize(("metric", "dtype"), SPACES, ids=str)
-def test_every_level_answers_as_the_definition(metric, dtype, level, rng):
+@pytest.mark.parametrize(("metric", "dtype", "level"), CASES)
+def test_every_level_answers_as_the_definition(metric, dtype, level, at_level, rng):
+    at_level(level)
     space = Space(METRICS[metric], np.dtype(dtype), 1)
     plan = plan_of(space, level, frozenset())
     width, (height, _) = plan.panels.panel_rows, plan.panels.tile_shape
@@ -110,8 +118,9 @@ def test_every_level_answers_as_the_definition(metric, dtype, level, rng):
         check(random_rows(rng, dtype, height, 1), random_rows(rng, dtype, 3 * width, 1), metric, 2)
 
 
-@pytest.mark.parametrize(("metric", "dtype"), SPACES, ids=str)
-def test_thousands_of_ties_come_in_the_order_of_their_index(metric, dtype, level, rng):
+@pytest.mark.parametrize(("metric", "dtype", "level"), CASES)
+def test_thousands_of_ties_come_in_the_order_of_their_index(metric, dtype, level, at_level, rng):
+    at_level(level)
     corpus = rng.integers(1, 3, (3000, 3)).astype(dtype)
     queries = rng.integers(1, 3, (5, 3)).astype(dtype)
     for k in (1, 700, 3000):
