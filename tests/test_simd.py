@@ -258,8 +258,8 @@ def test_a_filter_that_is_of_no_use_stops(scale, rng):
 CPUS = {
     "avx2": (X86, "haswell", LEVELS["avx2"], frozenset({"avx2", "fma"}), r"%ymm"),
     "avx-vnni": (X86, "alderlake", LEVELS["avx2"], frozenset({"avx2", "fma", "avxvnni"}), r"%ymm"),
-    "avx512": (X86, "skylake-avx512", LEVELS["avx512"], frozenset(), r"%zmm"),
-    "vnni": (X86, "icelake-server", LEVELS["avx512"], frozenset({"avx512vnni"}), r"%zmm"),
+    "avx512": (X86, "skylake-avx512", LEVELS["avx512"], LEVELS["avx512"].needs, r"%zmm"),
+    "vnni": (X86, "icelake-server", LEVELS["avx512"], LEVELS["avx512"].needs | {"avx512vnni"}, r"%zmm"),
     "sse": (X86, "nehalem", Level("generic", 16, 16), frozenset(), r"%xmm"),
     "arm": (ARM, "neoverse-v1", Level("generic", 16, 32), frozenset(), r"\bv\d+\."),
 }
