@@ -39,14 +39,11 @@ def limit(record: Record, ceilings: Ceilings) -> str:
     shares = []
     if record.fraction_of_floor is not None:
         shares.append((record.fraction_of_floor, record.bound))
-    read = ceilings.rate("read")
+    # Many queries share what is read of the corpus; a single one reads all of it.
+    read = ceilings.rate("read") if record.n_queries == 1 else None
     if read is not None:
-        # The corpus is read once by each block of queries, of which a few queries are one.
         itemsize = 1 if record.dtype == "uint8" else 4
-        per_query = record.n_corpus * record.n_features * itemsize / read
-        query_s = record.seconds_per_pair * record.n_corpus * record.n_features
-        if record.n_queries == 1:
-            shares.append((per_query / query_s, "read"))
+        shares.append((itemsize / read / record.seconds_per_pair, "read"))
     return "{:.0%} of {}".format(*max(shares)) if shares else ""
 
 

@@ -267,6 +267,33 @@ CPUS = {
 INSTRUCTIONS = {"absolute-uint8": r"psadbw", "product-int16": r"pmaddwd|vpdpwssd", "product-uint8": r"vpdpbusd"}
 
 
+def assembled(triple, cpu, emit, *, optimised):
+    """Return the assembly, for a CPU that need not be this one, of what `emit` emits, its vectors stored.
+
+    It is given a builder, and the arguments: addresses of queries and of a panel, groups, and an address for results.
+    """
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    module = ir.Module()
+    module.triple = triple
+    byte = ir.IntType(8).as_pointer()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte, byte, ir.IntType(64), byte]), "tile")
+    builder = ir.IRBuilder(function.append_basic_block())
+    place = function.args[3]
+    for value in emit(builder, *function.args):
+        place = builder.bitcast(place, value.type.as_pointer())
+        builder.store(value, place, align=1)
+        place = builder.gep(place, [ir.IntType(64)(1)])
+    builder.ret_void()
+    machine = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
+    parsed = binding.parse_assembly(str(module))
+    if optimised:
+        options = binding.create_pipeline_tuning_options(speed_level=3)
+        passes = binding.create_pass_builder(machine, options)
+        passes.getModulePassManager().run(parsed, passes)
+    return machine.emit_assembly(parsed)
+
+
 def tile_loop(operation, cpu, shape=None):
     """Return the form of an operation on a CPU, and the loop of its tile in assembly."""
     triple, name, level, features, _ = CPUS[cpu]
@@ -274,24 +301,8 @@ def tile_loop(operation, cpu, shape=None):
     if shape:
         kept = ("operation", "width", "lanes", "elements", "accumulators", "step")
         form = SimpleNamespace(**{key: getattr(form, key) for key in kept}, tile_shape=shape)
-    binding.initialize_all_targets()
-    binding.initialize_all_asmprinters()
-    module = ir.Module()
-    module.triple = triple
-    byte = ir.IntType(8).as_pointer()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte, byte, ir.IntType(64), byte]), "tile")
-    queries, panel, n_groups, out = function.args
-    builder = ir.IRBuilder(function.append_basic_block())
-    for number, acc in enumerate(tile_sums(builder, form, queries, panel, n_groups)):
-        place = builder.gep(out, [ir.IntType(64)(number * form.width)])
-        builder.store(acc, builder.bitcast(place, acc.type.as_pointer()), align=1)
-    builder.ret_void()
-    machine = binding.Target.from_triple(triple).create_target_machine(cpu=name, opt=3)
-    parsed = binding.parse_assembly(str(module))
-    options = binding.create_pipeline_tuning_options(speed_level=3)
-    passes = binding.create_pass_builder(machine, options)
-    passes.getModulePassManager().run(parsed, passes)
-    found = [lines for lines in loops(machine.emit_assembly(parsed)) if len(lines) > 8]
+    asm = assembled(triple, name, lambda builder, *given: tile_sums(builder, form, *given[:3]), optimised=True)
+    found = [lines for lines in loops(asm) if len(lines) > 8]
     assert found
     return form, max(found, key=len)
 
@@ -336,22 +347,14 @@ def test_a_tile_too_large_for_the_registers_is_found():
 def assembled_matrix(cpu):
     """Return the assembly of a tile of a matrix unit, with its set-up and its release."""
     form = Vectors(OPERATIONS["product-uint8-matrix"], 64, 32, "llvm.x86.tdpbuud")
-    binding.initialize_all_targets()
-    binding.initialize_all_asmprinters()
-    module = ir.Module()
-    module.triple = X86
-    byte = ir.IntType(8).as_pointer()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte, byte, ir.IntType(64), byte]), "tile")
-    queries, panel, n_groups, out = function.args
-    builder = ir.IRBuilder(function.append_basic_block())
-    configure_matrix_unit(builder)
-    for number, acc in enumerate(matrix_sums(builder, form, queries, panel, n_groups, out)):
-        place = builder.gep(out, [ir.IntType(64)((64 + number) * form.width)])
-        builder.store(acc, builder.bitcast(place, acc.type.as_pointer()), align=1)
-    release_matrix_unit(builder)
-    builder.ret_void()
-    machine = binding.Target.from_triple(X86).create_target_machine(cpu=cpu, opt=3)
-    return machine.emit_assembly(binding.parse_assembly(str(module)))
+
+    def emit(builder, *given):
+        configure_matrix_unit(builder)
+        values = matrix_sums(builder, form, *given)
+        release_matrix_unit(builder)
+        return values
+
+    return assembled(X86, cpu, emit, optimised=False)
 
 
 def test_a_matrix_unit_multiplies_two_tiles_by_two():

@@ -77,7 +77,7 @@ class NumbaBackend(HostBackend):
 
     def prepare(self, corpus: Native, space: Space) -> TileCorpus:
         """Return the prepared rows."""
-        if space.is_integer or not space.metric.unit_rows:
+        if not is_scaled(space):
             return TileCorpus(corpus)
         result = np.empty_like(corpus)
         parts = list(slices(len(corpus), chunk_rows(space.n_features)))
@@ -189,9 +189,14 @@ class _Tasks:
         self.blocks = list(slices(n_queries, self.queries))
 
 
+def is_scaled(space: Space) -> bool:
+    """Return whether rows are brought to unit length before they are compared."""
+    return space.metric.unit_rows and not space.is_integer
+
+
 def prepared_rows(rows: Array, space: Space) -> Array:
     """Return rows as the metric accumulates them."""
-    if space.is_integer or not space.metric.unit_rows:
+    if not is_scaled(space):
         return rows
     result = np.empty_like(rows)
     unit_rows(rows, result)
@@ -200,7 +205,7 @@ def prepared_rows(rows: Array, space: Space) -> Array:
 
 def prepared_bytes(space: Space) -> int:
     """Return what is held to prepare one query."""
-    return space.dtype.itemsize * space.n_features if space.metric.unit_rows and not space.is_integer else 0
+    return space.dtype.itemsize * space.n_features if is_scaled(space) else 0
 
 
 def run_tasks(task: Callable[[Any], Any], pieces: Iterable[Any], threads: int) -> None:
