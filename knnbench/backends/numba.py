@@ -183,7 +183,12 @@ class _Tasks:
         share = (budget // 2 if in_parts else budget) // threads
         each = n_queries if in_parts else -(-n_queries // threads)
         tiles, _ = block_shape(
-            -(-min(each, TASK_QUERIES) // height), 1, budget=share - fixed, per_pair=per_tile, max_queries=n_queries
+            -(-min(each, TASK_QUERIES) // height),
+            1,
+            budget=share,
+            per_pair=per_tile,
+            per_corpus=fixed,
+            max_queries=n_queries,
         )
         self.queries, self.threads, self.spare = tiles * height, threads, share - fixed - tiles * per_tile
         self.blocks = list(slices(n_queries, self.queries))
