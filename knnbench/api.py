@@ -100,7 +100,14 @@ class Prepared:
     """
 
     def __init__(
-        self, rows: Any, metric: Metric, backend: str, accuracy: Accuracy, passed_over: dict[str, str]
+        self,
+        rows: Any,
+        metric: Metric,
+        backend: str,
+        accuracy: Accuracy,
+        passed_over: dict[str, str],
+        *,
+        keep_bytes: int = 0,
     ) -> None:
         self.backend = backend
         self.metric = metric.name
@@ -109,13 +116,14 @@ class Prepared:
         self.shape: tuple[int, int] = rows.shape
         self.dtype = computed_dtype(interchange.dtype_of(rows))
         self.rows = rows
+        self._keep_bytes = keep_bytes  # what it may take beyond the rows to make later calls faster
         self._packed: dict[np.dtype[Any], Any] = {}
 
     def packed(self, dtype: np.dtype[Any]) -> Any:
         """Return the backend's own form of the corpus for computing in `dtype`, made on first use."""
         if dtype not in self._packed:
             space = Space(get_metric(self.metric), dtype, self.shape[1])
-            self._packed[dtype] = _pack(get_backend(self.backend), self.rows, space)
+            self._packed[dtype] = _pack(get_backend(self.backend), self.rows, space, self._keep_bytes)
         return self._packed[dtype]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -266,6 +274,9 @@ def knn(
 def prepare(corpus: Any, metric: str = "euclidean", *, backend: str = "auto", accuracy: Accuracy = "fast") -> Prepared:
     """Check, centre, pack and copy a corpus once, for many calls of `knn` and `pairwise`.
 
+    What packing holds beside the rows is at most half of the memory budget (``$KNNBENCH_MEMORY_BUDGET``, 1 GiB); a
+    corpus that needs more is packed in each call.
+
     Parameters
     ----------
     corpus : (n_corpus, n_features) array of real numbers
@@ -289,7 +300,10 @@ def prepare(corpus: Any, metric: str = "euclidean", *, backend: str = "auto", ac
     """
     metric_record, checked = get_metric(metric), check_accuracy(accuracy)
     rows = as_rows(corpus, "corpus")
-    prepared = _prepared(rows, metric_record, backend, checked, rows_dtype(rows), True, interchange.on_device(rows))
+    prepared = _prepared(
+        rows, metric_record, backend, checked, rows_dtype(rows), True, interchange.on_device(rows),
+        keep_bytes=check_budget(None) // 2,
+    )  # fmt: skip
     prepared.packed(prepared.dtype)
     return prepared
 
@@ -477,7 +491,8 @@ def _enter(
         prepared = _prepared(rows, record, backend, accuracy, dtype, check_finite, on_device)
     space = Space(get_metric(prepared.metric), dtype, queries.shape[1])
     engine = get_backend(prepared.backend)
-    _check_supported(prepared.backend, engine, space, accuracy)
+    if prepared is corpus:  # made for its own dtype; the queries may bring a wider one
+        _check_supported(prepared.backend, engine, space, accuracy)
     _check_device(queries, "queries", prepared.backend, engine)
     _check_values(queries, "queries", engine, space.metric, check_finite)
     return _Task(engine, space, queries, prepared, isinstance(corpus, Prepared), budget)
@@ -491,6 +506,8 @@ def _prepared(
     dtype: np.dtype[Any],
     check_finite: bool,
     on_device: bool,
+    *,
+    keep_bytes: int = 0,
 ) -> Prepared:
     """Choose a backend for checked rows that are computed in `dtype`, and look through their values."""
     space = Space(metric, dtype, rows.shape[1])
@@ -501,11 +518,12 @@ def _prepared(
     _check_supported(backend, engine, space, accuracy)
     _check_device(rows, "corpus", backend, engine)
     _check_values(rows, "corpus", engine, metric, check_finite)
-    return Prepared(rows, metric, backend, accuracy, passed_over)
+    return Prepared(rows, metric, backend, accuracy, passed_over, keep_bytes=keep_bytes)
 
 
-def _pack(engine: Backend, rows: Any, space: Space) -> Any:
-    return engine.prepare(engine.to_native(rows, space.dtype), space)
+def _pack(engine: Backend, rows: Any, space: Space, keep_bytes: int = 0) -> Any:
+    prepared = engine.prepare(engine.to_native(rows, space.dtype), space)
+    return engine.keep(prepared, space, keep_bytes) if keep_bytes else prepared
 
 
 def _search(task: _Task, blocks: list[slice], part: slice, k: int) -> tuple[Array, Array]:

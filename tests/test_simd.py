@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from llvmlite import binding, ir
 
-from knnbench import InvalidInputError, UnsupportedError, knn, pairwise
+from knnbench import InvalidInputError, UnsupportedError, knn, pairwise, prepare
 from knnbench.kernels import cpu_probes, cpu_tiles
 from knnbench.kernels.cpu_loops import configure_matrix_unit, matrix_sums, release_matrix_unit, tile_sums
 from knnbench.kernels.cpu_simd import (
@@ -60,6 +60,9 @@ def check(queries, corpus, metric, k):
     distances, nearest = expected(queries, corpus, metric, k)
     found = knn(queries, corpus, k, metric, backend="numba")
     everything = pairwise(queries, corpus, metric, backend="numba")
+    packed = prepare(corpus, metric, backend="numba")
+    assert all(map(np.array_equal, knn(queries, packed, k), found))
+    assert_identical(pairwise(queries, packed), everything)
     if queries.dtype == np.uint8:
         assert_identical(found.indices, nearest)
         kept = np.take_along_axis(distances, nearest, axis=1)
@@ -445,3 +448,19 @@ def test_probes_execute_nothing_but_the_instruction(operation):
 def test_probes_count_what_they_do():
     vectors = Vectors(OPERATIONS["absolute-uint8"], 32, 16, "llvm.x86.avx2.psad.bw")
     assert cpu_probes.instruction_operations(vectors) == cpu_probes.accumulators() * 32
+
+
+def test_prepare_packs_within_the_budget_and_kernels_take_what_it_packed(monkeypatch, rng):
+    corpus = random_rows(rng, "uint8", 3000, 100)
+    queries = random_rows(rng, "uint8", 700, 100)
+    nearest = knn(queries, corpus, 3, "cityblock", backend="numba").indices
+    space = Space(METRICS["cityblock"], np.dtype(np.uint8), 100)
+    ready = prepare(corpus, "cityblock", backend="numba")
+    assert_identical(knn(queries, ready, 3).indices, nearest)
+    ready.packed(space.dtype).packing.panels[:] = 0  # what is wrong there must show
+    assert not np.array_equal(knn(queries, ready, 3).indices, nearest)
+
+    monkeypatch.setenv("KNNBENCH_MEMORY_BUDGET", str(2 * corpus.nbytes))
+    ready = prepare(corpus, "cityblock", backend="numba")
+    assert ready.packed(space.dtype).packing is None
+    assert_identical(knn(queries, ready, 3).indices, nearest)

@@ -110,6 +110,10 @@ class Backend(ABC):
     def prepare(self, corpus: Native, space: Space) -> Any:
         """Return all that `pairwise` and `knn` can compute from a native corpus before they see queries."""
 
+    def keep(self, prepared: Any, space: Space, budget: int) -> Any:
+        """Return what `prepare` gave in a form for many calls, with up to `budget` bytes more; by default as it is."""
+        return prepared
+
     @abstractmethod
     def pairwise(self, queries: Native, prepared: Any, space: Space, budget: int) -> Native:
         """Return all distances.

@@ -12,7 +12,7 @@ import numpy as np
 from knnbench.blocking import block_shape, chunk_rows, slices
 from knnbench.dtypes import Array
 from knnbench.kernels.cpu_rows import unit_rows
-from knnbench.kernels.cpu_tiles import TileKernels, list_room, tile_kernels
+from knnbench.kernels.cpu_tiles import Packing, TileKernels, list_room, tile_kernels
 from knnbench.metrics import Space
 from knnbench.ordering import merge_topk
 from knnbench.threads import thread_count
@@ -51,12 +51,18 @@ CENTRE_ROWS = 1024
 
 @dataclass(frozen=True)
 class TileCorpus:
-    """Rows as the metric accumulates them."""
+    """Rows as the metric accumulates them, and packed for some kernels if they are kept for many calls."""
 
     rows: Array
+    packing: Packing | None = None
+    packed_for: TileKernels | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def packed(self, kernels: TileKernels) -> Packing | None:
+        """Return the panels that these kernels take, if they are there."""
+        return self.packing if self.packed_for is kernels else None
 
     @functools.cached_property
     def centre(self) -> Array:
@@ -84,18 +90,32 @@ class NumbaBackend(HostBackend):
         run_tasks(lambda rows: unit_rows(corpus[rows], result[rows]), parts, thread_count())
         return TileCorpus(result)
 
+    def keep(self, prepared: TileCorpus, space: Space, budget: int) -> TileCorpus:
+        """Return the rows with panels of them all, packed for the kernels that most searches take."""
+        rows = prepared.rows
+        kernels = tile_kernels(space, filtered=_is_filtered(space, 1, len(rows)))
+        if kernels.packing_bytes(len(rows), space.n_features) > budget:
+            return prepared
+        packing = kernels.packing(len(rows), space.n_features, prepared.centre if kernels.plan.is_filter else None)
+        parts = list(slices(len(packing.panels), chunk_rows(packing.panels.shape[1])))
+        run_tasks(lambda part: kernels.pack(rows, part.start, part.stop, *packing), parts, thread_count())
+        return TileCorpus(rows, packing, kernels)
+
     def pairwise(self, queries: Native, prepared: TileCorpus, space: Space, budget: int) -> Native:
         """Return all distances."""
         kernels, n_corpus = tile_kernels(space), len(prepared)
+        width = kernels.plan.panels.panel_rows
         result = np.empty((len(queries), n_corpus), space.output)
         # Values ranked in another dtype than they are answered in need an array between; a root makes two more.
         is_direct = space.ranked == space.output
         tasks = _Tasks(kernels, space, len(queries), n_corpus, budget, per_query=3 * 8)
         columns = max(1, min(n_corpus, FINISHED_PAIRS // tasks.queries, tasks.spare // (3 * 8 * tasks.queries)))
+        columns -= columns % width if columns > width else 0
+        packing = prepared.packed(kernels) if columns % width == 0 or columns == n_corpus else None
 
         def task(rows: slice) -> None:
             block = prepared_rows(queries[rows], space)
-            work = kernels.workspace(len(block), space.n_features)
+            work = kernels.workspace(len(block), space.n_features, packing=packing)
             for part in slices(n_corpus, columns):
                 target = result[rows, part]
                 values = target if is_direct else np.empty(target.shape, space.ranked)
@@ -112,7 +132,9 @@ class NumbaBackend(HostBackend):
         n_queries, n_corpus = len(queries), len(prepared)
         direct = tile_kernels(space)
         filtering = tile_kernels(space, filtered=True) if _is_filtered(space, k, n_corpus) else None
-        tasks = _Tasks(direct, space, n_queries, n_corpus, budget, k=k, per_query=16 * list_room(k, n_corpus))
+        tasks = _Tasks(
+            filtering or direct, space, n_queries, n_corpus, budget, k=k, per_query=16 * list_room(k, n_corpus)
+        )
         in_rows = n_queries <= FEW_QUERIES and space.n_features >= direct.plan.rows.features
         shapes = [(n_queries, min(k, part.stop - part.start)) for part in tasks.parts]
         found = [(np.empty(shape, space.ranked), np.empty(shape, np.int64)) for shape in shapes]
@@ -122,12 +144,14 @@ class NumbaBackend(HostBackend):
             part, block, kept = tasks.parts[number], prepared_rows(queries[rows], space), shapes[number][1]
             first, start, stop = part.start, part.start, part.stop
             lists = direct.lists(len(block), kept, stop - first)
-            work = direct.workspace(len(block), space.n_features)
+            work = direct.workspace(len(block), space.n_features, packing=prepared.packed(direct))
             if in_rows:
                 direct.knn_rows(block, prepared.rows, first, stop, work.query_norms, work.values, kept, *lists)
                 start = stop
             elif filtering is not None:
-                filtered = filtering.workspace(len(block), space.n_features, prepared.centre)
+                panels = prepared.packed(filtering)
+                centre = prepared.centre if panels is None else None
+                filtered = filtering.workspace(len(block), space.n_features, centre, panels)
                 start = filtering.knn(
                     block, prepared.rows, first, start, stop, space.gram_error, *filtered, kept, *lists
                 )
@@ -179,7 +203,8 @@ class _Tasks:
         # Parts have lists of their own, and merging holds some copies of them.
         in_parts = n_queries < 2 * threads * TASK_QUERIES and 8 * k * threads <= n_corpus
         in_parts &= 0 < 8 * threads * n_queries * k * 16 <= budget // 2
-        self.parts = list(slices(n_corpus, -(-n_corpus // threads) if in_parts else n_corpus))
+        step = -(-n_corpus // threads)
+        self.parts = list(slices(n_corpus, step + -step % kernels.plan.panels.panel_rows if in_parts else n_corpus))
         share = (budget // 2 if in_parts else budget) // threads
         each = n_queries if in_parts else -(-n_queries // threads)
         tiles, _ = block_shape(

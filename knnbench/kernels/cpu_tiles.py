@@ -54,7 +54,7 @@ from knnbench.kernels.cpu_simd import (
 from knnbench.kernels.heap import keep_smallest, make_heap, sift_down, sort_heap
 from knnbench.metrics import METRICS, Space, add_absolute, add_product, add_square, keep_largest
 
-__all__ = ["Plan", "TileKernels", "Workspace", "list_room", "plan_of", "tile_kernels"]
+__all__ = ["Packing", "Plan", "TileKernels", "Workspace", "list_room", "plan_of", "tile_kernels"]
 
 # The first word of the names of operations, by the scalar function of a metric.
 OPERATION_OF: dict[Callable[..., Any], str] = {
@@ -107,6 +107,11 @@ class Plan:
     norms: Vectors
     key: str
 
+    @property
+    def is_filter(self) -> bool:
+        """Whether panels tell only which rows to look at: then they are centred."""
+        return self.key == "gram" and self.panels.operation.accumulator.startswith("float")
+
 
 def plan_of(space: Space, level: Level, features: frozenset[str], *, filtered: bool = False) -> Plan:
     """Return how a space is computed.
@@ -144,14 +149,18 @@ class Workspace(NamedTuple):
     ----------
     centre : (n_features,) array
         What to take from all rows before they are filtered, or empty.
-    queries, panel : arrays of elements
-        The packed queries of the task, and one packed panel of the corpus.
-    columns : (panel rows,) array
-        A number for each row of the panel, for the key.
-    corpus_norms, query_norms : arrays
-        Squared norms of the panel's rows and of all queries.
-    shifts : (panel rows,) array
-        What centring took from the products of each row of the panel.
+    is_packed : int
+        1 if the panels are those of the whole corpus, packed; 0 if there is one, to be packed again and again.
+    queries : (elements,) array
+        The packed queries of the task.
+    panels : (n_panels, elements) array
+        Packed rows of the corpus.
+    columns : (n_panels, panel rows) array
+        A number for each row of a panel, for the key.
+    corpus_norms, query_norms : (n_panels, panel rows) and (n_queries,) arrays
+        Squared norms.
+    shifts : (n_panels, panel rows) array
+        What centring took from the products of each row of a panel.
     limits : (n_queries,) array
         Below which a query's keys are of interest.
     out : array
@@ -163,8 +172,9 @@ class Workspace(NamedTuple):
     """
 
     centre: Array
+    is_packed: int
     queries: Array
-    panel: Array
+    panels: Array
     columns: Array
     corpus_norms: Array
     query_norms: Array
@@ -173,6 +183,17 @@ class Workspace(NamedTuple):
     out: Array
     hits: Array
     values: Array
+
+
+class Packing(NamedTuple):
+    """A corpus packed for many searches: fields of `Workspace`."""
+
+    centre: Array
+    is_packed: int
+    panels: Array
+    columns: Array
+    corpus_norms: Array
+    shifts: Array
 
 
 @dataclass(frozen=True)
@@ -187,7 +208,7 @@ class TileKernels:
     knn : callable
         ``(queries, corpus, first, start, stop, error, *workspace, k, *lists) -> int`` takes corpus rows from `start` on
         into the lists, which hold those from `first` to `start`; returns the row at which it stopped, which is before
-        `stop` only if the filter lets too many pass.
+        `stop` only if the filter lets too many pass. On a packed corpus, `start` is the first row of a panel.
     knn_rows : callable
         ``(queries, corpus, first, stop, workspace.query_norms, workspace.values, k, *lists)`` takes all rows from
         `first` on as they lie; they have at least `plan.rows.features` features.
@@ -196,6 +217,8 @@ class TileKernels:
         smallest in ascending order; floats are computed once more, so that they do not depend on how they were found.
     pairwise : callable
         ``(queries, corpus, start, stop, *workspace, out)`` fills (n_queries, stop - start) values to rank.
+    pack : callable
+        ``(corpus, start, stop, *packing)`` packs panels `start` to `stop` of a corpus.
     """
 
     plan: Plan
@@ -204,6 +227,7 @@ class TileKernels:
     knn_rows: Callable[..., None]
     order: Callable[..., None]
     pairwise: Callable[..., None]
+    pack: Callable[..., None]
 
     @functools.cached_property
     def _dtypes(self) -> tuple[np.dtype[Any], ...]:
@@ -218,26 +242,48 @@ class TileKernels:
         vectors = self.plan.panels
         return vectors.tile_shape[0], vectors.panel_rows, vectors.depth
 
-    def workspace(self, n_queries: int, n_features: int, centre: Array | None = None) -> Workspace:
-        """Return the arrays for a task of so many queries."""
+    def workspace(
+        self, n_queries: int, n_features: int, centre: Array | None = None, packing: Packing | None = None
+    ) -> Workspace:
+        """Return the arrays for a task of so many queries, on a corpus that is packed, or centred and not packed."""
         (height, width, depth), (element, accumulator, column, norm, row, word) = self._shape, self._dtypes
-        row_elements = -(-n_features // depth) * depth
         padded = -(-n_queries // height) * height
-        return Workspace(
-            np.empty(0, element) if centre is None else centre,
-            *carved(
-                (padded * row_elements, element),
-                (width * row_elements, element),
-                (width, column),
-                (width, norm),
-                (padded, norm),
-                (width, accumulator),
-                (padded, column),
-                (height * width, accumulator),
-                (height, word),
-                (ROWS, row),
-            ),
+        sizes = (
+            (padded * -(-n_features // depth) * depth, element),
+            (padded, norm),
+            (padded, column),
+            (height * width, accumulator),
+            (height, word),
+            (ROWS, row),
         )
+        panel_sizes = () if packing else self._panel_sizes(1, n_features)
+        queries, query_norms, limits, out, hits, values, *room = carved(*sizes, *panel_sizes)
+        centre, is_packed, panels, columns, norms, shifts = packing or self._packing(0, room, 1, centre)
+        return Workspace(
+            centre, is_packed, queries, panels, columns, norms, query_norms, shifts, limits, out, hits, values
+        )
+
+    def packing(self, n_corpus: int, n_features: int, centre: Array | None = None) -> Packing:
+        """Return room for the panels of a corpus, which `pack` fills."""
+        n_panels = -(-n_corpus // self.plan.panels.panel_rows)
+        return self._packing(1, carved(*self._panel_sizes(n_panels, n_features)), n_panels, centre)
+
+    def _panel_sizes(self, n_panels: int, n_features: int) -> tuple[tuple[int, np.dtype[Any]], ...]:
+        (_, width, depth), (element, accumulator, column, norm, _, _) = self._shape, self._dtypes
+        n_rows = n_panels * width
+        n_elements = n_rows * -(-n_features // depth) * depth
+        return (n_elements, element), (n_rows, column), (n_rows, norm), (n_rows, accumulator)
+
+    def _packing(self, is_packed: int, room: list[Array], n_panels: int, centre: Array | None) -> Packing:
+        panels, columns, norms, shifts = (array.reshape(n_panels, -1) for array in room)
+        centre = np.empty(0, panels.dtype) if centre is None else centre
+        return Packing(centre, is_packed, panels, columns, norms, shifts)
+
+    def packing_bytes(self, n_corpus: int, n_features: int) -> int:
+        """Return what `packing` takes, about."""
+        (_, width, depth), element = self._shape, self._dtypes[0]
+        row = -(-n_features // depth) * depth * element.itemsize
+        return -(-n_corpus // width) * width * (row + 24)
 
     def lists(self, n_queries: int, k: int, n_rows: int) -> tuple[Array, Array, Array]:
         """Return values, indices and counts of the k smallest of some rows, and of those that may be among them."""
@@ -338,13 +384,13 @@ def _compiled(
     accumulate, product = register_jitable(accumulate_scalar), register_jitable(add_product)
     rank = register_jitable(rank_scalar)
     key, is_float = plan.key, plan.panels.operation.accumulator.startswith("float")
-    panels, rows, squares = plan.panels.name, plan.rows.name, plan.norms.name
+    tiles, rows, squares = plan.panels.name, plan.rows.name, plan.norms.name
     group, depth, is_centred = plan.panels.operation.group, plan.panels.depth, plan.panels.operation.centred
     (height, _), width = plan.panels.tile_shape, plan.panels.panel_rows
     row_features, square_features = plan.rows.features, plan.norms.features
-    square = plan.panels.square
+    square, row_dtype = plan.panels.square, np.dtype(plan.rows.operation.accumulator)
     chunk = PACKED_BYTES // (plan.panels.tile_shape[1] * plan.panels.width) // square * square
-    needs_norms, is_filtered = key != "value", key == "gram" and is_float
+    needs_norms, is_filtered = key != "value", plan.is_filter
     # Of larger norms the sums could overflow.
     largest_norm = float(np.finfo(plan.panels.operation.accumulator).max) / 16 if is_float else 0.0
     rank_uses_norms = key == "cosine"
@@ -385,12 +431,12 @@ def _compiled(
                 at = (i + r) * n_features + begin * group
                 to = offset + (begin * lanes + first + r) * group
                 for _ in range(begin, min(end, whole)):
-                    move(panels, group, is_query, rows, at, panel, to)
+                    move(tiles, group, is_query, rows, at, panel, to)
                     at += group
                     to += lanes * group
                 for f in range(max(begin, whole) * group, min(end * group, n_features)):
                     to = offset + (whole * lanes + first + r) * group + f - whole * group
-                    move(panels, 1, is_query, rows, (i + r) * n_features + f, panel, to)
+                    move(tiles, 1, is_query, rows, (i + r) * n_features + f, panel, to)
 
         return fill
 
@@ -447,9 +493,9 @@ def _compiled(
                 for g in range(begin, end, square):
                     at, to = (start + r) * n_features + g * group, (g * width + r) * group
                     if is_filtered:
-                        move_square(panels, corpus, at, n_features, panel, to, step, centre, g, norms, r)
+                        move_square(tiles, corpus, at, n_features, panel, to, step, centre, g, norms, r)
                     else:
-                        move_square(panels, corpus, at, n_features, panel, to, step, None, 0, None, 0)
+                        move_square(tiles, corpus, at, n_features, panel, to, step, None, 0, None, 0)
         # What is left of the features, and then of the rows.
         whole = count // square * square
         fill_corpus(corpus, start, whole, in_squares, n_groups, panel, 0, 0)
@@ -520,9 +566,9 @@ def _compiled(
 
     @compile_cached(nogil=True, error_model="numpy")
     def knn(
-        queries: Any, corpus: Any, first: Any, start: Any, stop: Any, error: Any, centre: Any, packed: Any, panel: Any,
-        columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, limits: Any, out: Any, hits: Any, row: Any,
-        k: Any, values: Any, indices: Any, counts: Any,
+        queries: Any, corpus: Any, first: Any, start: Any, stop: Any, error: Any, centre: Any, is_packed: Any,
+        packed: Any, panels: Any, columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, limits: Any,
+        out: Any, hits: Any, row: Any, k: Any, values: Any, indices: Any, counts: Any,
     ) -> Any:  # fmt: skip
         n_queries, n_features = queries.shape
         room, n_groups = values.shape[1], (n_features + depth - 1) // depth * (depth // group)
@@ -533,17 +579,19 @@ def _compiled(
         if is_filtered and not query_norms[:n_queries].max() <= largest_norm:
             return start
         passed, allowed = 0, n_queries * (4 * room + PASSED_QUERY)
-        set_up(panels)
+        set_up(tiles)
         for begin in range(start, stop, width):
-            count = min(width, stop - begin)
-            pack_panel(corpus, begin, count, panel, columns, corpus_norms, shifts, centre, row)
-            if is_filtered and not corpus_norms.max() <= largest_norm:
+            count, at = min(width, stop - begin), begin // width if is_packed else 0
+            panel, column, norms, shift = panels[at], columns[at], corpus_norms[at], shifts[at]
+            if not is_packed:
+                pack_panel(corpus, begin, count, panel, column, norms, shift, centre, row)
+            if is_filtered and not norms.max() <= largest_norm:
                 return begin
             is_filling = begin - first < room
             present = (np.int64(1) << count) - 1 if count < 64 else np.int64(-1)
             for i in range(0, n_queries, height):
                 always = np.int64(is_filling)
-                if not tile(panels, key, packed, i, panel, n_groups, columns, shifts, limits, always, out, hits):
+                if not tile(tiles, key, packed, i, panel, n_groups, column, shift, limits, always, out, hits):
                     continue
                 for t in range(min(height, n_queries - i)):
                     left = present if is_filling else hits[t] & present
@@ -558,12 +606,12 @@ def _compiled(
                             passed += 1
                             value = pair(queries, i + t, corpus, begin + r, row)
                         else:
-                            value = value_of(acc, query_norm, corpus_norms[r])
+                            value = value_of(acc, query_norm, norms[r])
                         insert(k, values, indices, counts, i + t, seen, value, begin + r)
                     limits[i + t] = limit(values[i + t, 0], query_norm, error)
             if passed > allowed + (begin + count - start) * n_queries // PASSED_SHARE:
                 return begin + count
-        tear_down(panels)  # no filter has a set-up, so that nothing returns before
+        tear_down(tiles)  # no filter has a set-up, so that nothing returns before
         return stop
 
     @compile_cached(nogil=True, error_model="numpy")
@@ -609,22 +657,35 @@ def _compiled(
 
     @compile_cached(nogil=True, error_model="numpy")
     def pairwise(
-        queries: Any, corpus: Any, start: Any, stop: Any, centre: Any, packed: Any, panel: Any, columns: Any,
-        corpus_norms: Any, query_norms: Any, shifts: Any, limits: Any, out: Any, hits: Any, row: Any, result: Any,
+        queries: Any, corpus: Any, start: Any, stop: Any, centre: Any, is_packed: Any, packed: Any, panels: Any,
+        columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, limits: Any, out: Any, hits: Any, row: Any,
+        result: Any,
     ) -> None:  # fmt: skip
         n_queries, n_features = queries.shape
         n_groups = (n_features + depth - 1) // depth * (depth // group)
-        set_up(panels)
+        set_up(tiles)
         pack_queries(queries, packed, query_norms, centre, row)
         for begin in range(start, stop, width):
-            count = min(width, stop - begin)
-            pack_panel(corpus, begin, count, panel, columns, corpus_norms, shifts, centre, row)
+            count, at = min(width, stop - begin), begin // width if is_packed else 0
+            panel, column, norms, shift = panels[at], columns[at], corpus_norms[at], shifts[at]
+            if not is_packed:
+                pack_panel(corpus, begin, count, panel, column, norms, shift, centre, row)
             for i in range(0, n_queries, height):
-                tile(panels, key, packed, i, panel, n_groups, columns, shifts, limits, np.int64(1), out, hits)
+                tile(tiles, key, packed, i, panel, n_groups, column, shift, limits, np.int64(1), out, hits)
                 for t in range(min(height, n_queries - i)):
                     for r in range(count):
-                        value = value_of(out[t * width + r], query_norms[i + t], corpus_norms[r])
+                        value = value_of(out[t * width + r], query_norms[i + t], norms[r])
                         result[i + t, begin - start + r] = value
-        tear_down(panels)
+        tear_down(tiles)
 
-    return TileKernels(plan, np.dtype(ranked.name), knn, knn_rows, order, pairwise)
+    @compile_cached(nogil=True, error_model="numpy")
+    def pack(
+        corpus: Any, start: Any, stop: Any, centre: Any, is_packed: Any, panels: Any, columns: Any, norms: Any,
+        shifts: Any,
+    ) -> None:  # fmt: skip
+        row = np.zeros(1, row_dtype)
+        for p in range(start, stop):
+            count = min(width, len(corpus) - p * width)
+            pack_panel(corpus, p * width, count, panels[p], columns[p], norms[p], shifts[p], centre, row)
+
+    return TileKernels(plan, np.dtype(ranked.name), knn, knn_rows, order, pairwise, pack)
