@@ -20,6 +20,7 @@ from .errors import (
     UnsupportedError,
 )
 from .metrics import METRICS
+from .selection.choice import Choice, fastest_backend
 
 if TYPE_CHECKING:
     from .classifiers import KNNClassifier, RandomSearchClassifier
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METRICS",
     "BackendUnavailableError",
+    "Choice",
     "DatasetError",
     "InvalidInputError",
     "KNNClassifier",
@@ -42,6 +44,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "backends",
+    "fastest_backend",
     "knn",
     "pairwise",
     "prepare",

@@ -14,11 +14,15 @@ from knnbench.dtypes import Array, common_dtype, computed_dtype
 from knnbench.errors import InvalidInputError, UnsupportedError
 from knnbench.metrics import Metric, Space, get_metric
 from knnbench.ordering import merge_topk
+from knnbench.selection import Problem
 from knnbench.threads import limited_blas
 
 __all__ = ["Accuracy", "Neighbors", "Prepared", "knn", "pairwise", "prepare"]
 
 Accuracy = Literal["fast", "exact"]
+
+# What a corpus is prepared for by backend="auto", which does not know the calls to come.
+USUAL_QUERIES, USUAL_K = 1000, 10
 
 
 class Neighbors(tuple[Any, Any]):
@@ -186,7 +190,7 @@ def pairwise(
     >>> pairwise(np.array([[0, 9]], np.uint8), np.array([[255, 0]], np.uint8), "cityblock", backend="numpy")
     array([[264]], dtype=int32)
     """
-    task = _enter(queries, corpus, metric, backend, "fast", memory_budget, check_finite)
+    task = _enter(queries, corpus, 0, metric, backend, "fast", memory_budget, check_finite)
     shape = len(task.queries), task.prepared.shape[0]
     row_bytes = shape[1] * task.space.output.itemsize
     if not interchange.on_device(task.queries):
@@ -250,7 +254,7 @@ def knn(
     >>> distances, indices
     (array([[1, 1, 3]], dtype=int32), array([[0, 1, 2]]))
     """
-    task = _enter(queries, corpus, metric, backend, accuracy, memory_budget, check_finite)
+    task = _enter(queries, corpus, check_count("k", k), metric, backend, accuracy, memory_budget, check_finite)
     k = check_k(k, task.prepared.shape[0])
     blocks, parts = task.query_blocks(k * (task.space.ranked.itemsize + 8)), task.corpus_parts()
     ranked: Any = None
@@ -302,7 +306,7 @@ def prepare(corpus: Any, metric: str = "euclidean", *, backend: str = "auto", ac
     rows = as_rows(corpus, "corpus")
     prepared = _prepared(
         rows, metric_record, backend, checked, rows_dtype(rows), True, interchange.on_device(rows),
-        keep_bytes=check_budget(None) // 2,
+        n_queries=USUAL_QUERIES, k=USUAL_K, keep_bytes=check_budget(None) // 2,
     )  # fmt: skip
     prepared.packed(prepared.dtype)
     return prepared
@@ -463,13 +467,14 @@ class _Task:
 def _enter(
     queries: Any,
     corpus: Any,
+    k: int,
     metric: str | None,
     backend: str,
     accuracy: Accuracy | None,
     memory_budget: int | None,
     check_finite: bool,
 ) -> _Task:
-    """Check a call and decide all that follows from its arguments."""
+    """Check a call, `k` being 0 if it asks for all distances, and decide all that follows from its arguments."""
     budget = check_budget(memory_budget)
     if accuracy is None:
         accuracy = corpus.accuracy if isinstance(corpus, Prepared) else "fast"
@@ -488,7 +493,7 @@ def _enter(
     else:
         record = get_metric("euclidean" if metric is None else metric)
         on_device = interchange.on_device(queries) or interchange.on_device(rows)
-        prepared = _prepared(rows, record, backend, accuracy, dtype, check_finite, on_device)
+        prepared = _prepared(rows, record, backend, accuracy, dtype, check_finite, on_device, len(queries), k)
     space = Space(get_metric(prepared.metric), dtype, queries.shape[1])
     engine = get_backend(prepared.backend)
     if prepared is corpus:  # made for its own dtype; the queries may bring a wider one
@@ -506,6 +511,8 @@ def _prepared(
     dtype: np.dtype[Any],
     check_finite: bool,
     on_device: bool,
+    n_queries: int,
+    k: int,
     *,
     keep_bytes: int = 0,
 ) -> Prepared:
@@ -513,7 +520,10 @@ def _prepared(
     space = Space(metric, dtype, rows.shape[1])
     passed_over: dict[str, str] = {}
     if backend == "auto":
-        backend, passed_over = selection.choose(space, accuracy, "cuda" if on_device else "cpu")
+        op, data_on = "knn" if k else "pairwise", "device" if on_device else "host"
+        k = min(k, len(rows))
+        problem = Problem(op, n_queries, len(rows), space.n_features, k, metric.name, space.dtype.name, data_on)
+        backend, passed_over = selection.choose(problem, accuracy)
     engine = get_backend(backend)
     _check_supported(backend, engine, space, accuracy)
     _check_device(rows, "corpus", backend, engine)

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -25,14 +24,15 @@ from knnbench import datasets
 from knnbench.api import check_k
 from knnbench.backends import backends as backend_statuses
 from knnbench.backends import registry
+from knnbench.cli_selection import add_commands
 from knnbench.dtypes import COMPUTED
 from knnbench.errors import DatasetError, InvalidInputError, KnnbenchError, UnknownBackendError
 from knnbench.measure import OPS, Case, Journal, Plan, make_cases, measure
 from knnbench.measure.comparison import ALPHA, MIN_CHANGE, compare_sides, parse_side
-from knnbench.metrics import METRICS, Space, get_metric
+from knnbench.metrics import METRICS, get_metric
 from knnbench.report.table import absent_table, backends_table, case_table, datasets_table
 from knnbench.results import Record, read_records
-from knnbench.selection import choose
+from knnbench.selection import Problem, choose
 from knnbench.threads import thread_count
 
 __all__ = ["app", "main"]
@@ -40,6 +40,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="The data sets: what is there, and fetching what is not.")
 app.add_typer(data_app, name="data")
+add_commands(app)
 
 OUTPUT = Path("knnbench-results.jsonl")
 ASV_RESULTS = Path(".asv/results")
@@ -405,5 +406,5 @@ def _show(records: list[Record], plan: Plan) -> None:
 
 def _fastest() -> str:
     """Return the backend that ``backend="auto"`` takes for MNIST."""
-    name, _ = choose(Space(METRICS["cityblock"], np.dtype(np.uint8), 784), "exact", "cpu")
+    name, _ = choose(Problem("knn", 10_000, 60_000, 784, 3, "cityblock", "uint8"), "exact")
     return name

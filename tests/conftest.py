@@ -97,6 +97,7 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the variables of the caller's shell out of what is tested."""
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the variables of the caller's shell, and what was measured on this machine, out of what is tested."""
     monkeypatch.delenv("KNNBENCH_MEMORY_BUDGET", raising=False)
+    monkeypatch.setenv("KNNBENCH_WISDOM", str(tmp_path_factory.getbasetemp() / "wisdom"))

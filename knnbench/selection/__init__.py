@@ -1,5 +1,7 @@
-"""Which backend ``backend="auto"`` means."""
+"""Choosing a backend: by estimate or measurement, bounded by accuracy and memory."""
 
-from .rule import choose, lacks
+from .auto import choose
+from .candidates import lacks
+from .problem import Problem
 
-__all__ = ["choose", "lacks"]
+__all__ = ["Problem", "choose", "lacks"]

@@ -1,0 +1,155 @@
+"""The commands of ``knnbench`` that choose a backend, and that measure what choosing needs."""
+
+import json
+from dataclasses import asdict, replace
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from knnbench.errors import InvalidInputError
+from knnbench.selection.choice import Choice, fastest_backend
+from knnbench.selection.wisdom import wisdom, wisdom_path
+
+__all__ = ["add_commands"]
+
+wisdom_app = typer.Typer(
+    no_args_is_help=True, help="What was measured on this machine, from which backends are chosen."
+)
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(fastest)
+    app.command()(calibrate)
+    app.command()(regret)
+    app.add_typer(wisdom_app, name="wisdom")
+
+
+def fastest(
+    n_queries: Annotated[int, typer.Option(min=1)],
+    n_corpus: Annotated[int, typer.Option(min=1)],
+    n_features: Annotated[int, typer.Option(min=1)],
+    k: Annotated[int | None, typer.Option("--k", "-k", min=1, help="Neighbours of each query, for knn.")] = None,
+    op: Annotated[str, typer.Option(help="knn or pairwise.")] = "knn",
+    metric: Annotated[str, typer.Option()] = "euclidean",
+    dtype: Annotated[str, typer.Option(help="Of the data.")] = "float32",
+    accuracy: Annotated[str, typer.Option(help="fast or exact.")] = "fast",
+    max_error: Annotated[float | None, typer.Option(help="The largest error allowed, on adversarial data too.")] = None,
+    calls: Annotated[int, typer.Option(min=1, help="With one corpus; a start is counted once.")] = 1,
+    data_on: Annotated[str, typer.Option(help="host or device.")] = "host",
+    memory_budget: Annotated[int | None, typer.Option(help="Bytes.")] = None,
+    candidates: Annotated[str, typer.Option(help="Names, separated by commas; default all.")] = "",
+    effort: Annotated[str, typer.Option(help="estimate, measure or exhaustive.")] = "measure",
+    time: Annotated[float, typer.Option(min=0.01, help="Seconds that measuring may take.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say which backend is the fastest for a shape on this machine, and why."""
+    choice = fastest_backend(
+        op, n_queries=n_queries, n_corpus=n_corpus, n_features=n_features, k=k, metric=metric, dtype=dtype,
+        accuracy=accuracy, max_error=max_error, calls=calls, data_on=data_on, memory_budget=memory_budget,
+        candidates=[name.strip() for name in candidates.split(",")] if candidates else None, effort=effort,
+        time_budget=time,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps({name: value for name, value in asdict(choice).items() if not name.startswith("_")}))
+        return
+    _show(choice)
+
+
+def _show(choice: Choice) -> None:
+    out.print(str(choice), markup=False, soft_wrap=True)
+
+
+def calibrate(
+    full: Annotated[bool, typer.Option("--full", help="Half an hour instead of a minute.")] = False,
+    backends: Annotated[str, typer.Option(help="Names, separated by commas; default all that work.")] = "",
+    time: Annotated[float | None, typer.Option(min=1, help="Seconds, beside starting backends.")] = None,
+) -> None:
+    """Measure all backends on shapes of all sizes, so that choosing by estimate holds on this machine."""
+    from knnbench.selection.calibration import FULL, QUICK
+    from knnbench.selection.calibration import calibrate as measure_all
+
+    level = FULL if full else QUICK
+    level = replace(level, seconds=time) if time else level
+    names = [name.strip() for name in backends.split(",")] if backends else None
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("starting", total=1.0)
+        for progress in measure_all(level, names):
+            bar.update(task, description=progress.what, completed=progress.done)
+    out.print(f"wisdom is in {wisdom_path()}", soft_wrap=True, markup=False)
+
+
+def regret(
+    n: Annotated[int, typer.Option("--n", min=2, help="Problems.")] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Of the problems, and of the order of the rounds.")] = 0,
+    time: Annotated[float, typer.Option(min=0.0, help="Seconds of effort='measure'; 0 to leave it out.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON lines instead.")] = False,
+) -> None:
+    """Judge the choices: the time of what was chosen over that of the best, on shapes that were never measured."""
+    from knnbench.selection.regret import outcomes, problems, summaries
+
+    asked = problems(n, seed)
+    found = []
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("measuring", total=len(asked))
+        for outcome in outcomes(asked, time, seed):
+            found.append(outcome)
+            bar.update(task, description=str(outcome.problem), advance=1)
+            if as_json:
+                print(json.dumps(asdict(outcome)), flush=True)
+    if as_json:
+        return
+    table = Table(title=f"regret over {len(found)} problems, seed {seed}", title_justify="left", title_style="bold")
+    for heading in ("chosen by", "geometric mean", "95th percentile", "worst", "best or within 2 %"):
+        table.add_column(heading, justify="left" if heading == "chosen by" else "right")
+    for row in summaries(found):
+        figures = f"{row.geometric_mean:.3f}", f"{row.percentile_95:.2f}", f"{row.worst:.2f}", f"{row.best_share:.0%}"
+        table.add_row(row.name, *figures)
+    out.print(table)
+
+
+@wisdom_app.command()
+def show() -> None:
+    """Show what is known of each backend on each kind of computation."""
+    known = wisdom()
+    table = Table(title=f"wisdom in {wisdom_path()}", title_justify="left", title_style="bold")
+    for heading in ("backend", "op", "metric", "dtype", "data on", "from", "error, adversarial"):
+        table.add_column(heading)
+    groups = dict.fromkeys([*known.own.samples, *known.shipped.samples])
+    for backend, op, metric, dtype, data_on in sorted(groups):
+        error = known.error(backend, metric, dtype)
+        source = known.source((backend, op, metric, dtype, data_on))
+        table.add_row(backend, op, metric, dtype, data_on, source, f"{error['adversarial']:.1e}" if error else "")
+    out.print(table)
+
+
+@wisdom_app.command()
+def check() -> None:
+    """Say how much of the wisdom is of the versions installed; exit with 1 if some is not."""
+    known = wisdom()
+    stale = known.stale
+    fresh = sum(len(known.samples(group)) for group in known.own.samples)
+    out.print(f"{fresh} measurements of the versions installed, {len(stale)} of others", markup=False)
+    for backend, version in sorted({(sample.backend, sample.version) for sample in stale}):
+        out.print(f"  {backend}: measured with {version}", markup=False)
+    if stale:
+        out.print("`knnbench calibrate` measures again")
+        raise typer.Exit(1)
+
+
+@wisdom_app.command()
+def clear() -> None:
+    """Forget what was measured on this machine; what comes with knnbench stays."""
+    path = wisdom_path()
+    if not path.exists():
+        raise InvalidInputError(f"there is no wisdom of this machine at {path}.")
+    path.unlink()
+    out.print(f"removed {path}", soft_wrap=True, markup=False)

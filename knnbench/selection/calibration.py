@@ -1,0 +1,160 @@
+"""Calibrating: measuring all backends on shapes that span what people use, so that estimates hold on this machine."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from knnbench.backends import backend_status, registry
+from knnbench.measure.timer import settle
+
+from .auto import forget_choices
+from .candidates import errors_of, lacks
+from .measurement import Clock, measure
+from .problem import Problem
+from .wisdom import Sample, wisdom
+
+__all__ = ["FULL", "QUICK", "Level", "Progress", "calibrate", "shapes"]
+
+METRICS = ("euclidean", "cityblock", "chebyshev", "cosine")
+DTYPES = ("float32", "uint8", "float64")
+
+# The ranges of the sizes: queries, corpus rows, features, neighbours.
+RANGES = ((1, 20_000), (100, 200_000), (2, 1500), (1, 100))
+
+BYTES = 128 << 20
+
+# Calls behind each of the medians of a sample, about.
+CALLS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How much is measured.
+
+    Attributes
+    ----------
+    seconds : float
+        In all, beside starting backends: what is not reached keeps its default.
+    n_shapes : int
+        For each kind of computation.
+    sample_s : float
+        For each of the medians of a shape.
+    longest_s : float
+        Of one call: larger shapes are left out.
+    """
+
+    seconds: float
+    n_shapes: int
+    sample_s: float
+    longest_s: float
+
+
+QUICK = Level(seconds=50, n_shapes=8, sample_s=0.004, longest_s=0.05)
+FULL = Level(seconds=1800, n_shapes=28, sample_s=0.04, longest_s=0.6)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What is being measured, and the share of the time or of the shapes that is done."""
+
+    what: str
+    done: float
+
+
+def shapes(op: str, n_shapes: int, seed: int) -> list[tuple[int, int, int, int]]:
+    """Return shapes that span `RANGES` evenly in their logarithms, those of least work first.
+
+    Parameters
+    ----------
+    op : {"knn", "pairwise"}
+    n_shapes : int
+    seed : int
+        Of a scrambled Halton sequence.
+
+    Returns
+    -------
+    list of (n_queries, n_corpus, n_features, k)
+
+    Examples
+    --------
+    >>> shapes("pairwise", 1, 0)[0][3]
+    0
+    """
+    from scipy.stats import qmc
+
+    points = qmc.Halton(4, seed=seed).random(n_shapes)
+    low, high = np.log(np.array(RANGES, np.float64)).T
+    sizes = np.rint(np.exp(low + points * (high - low))).astype(int)
+    sizes[:, 3] = np.minimum(sizes[:, 3], sizes[:, 1]) if op == "knn" else 0
+    rows = (tuple(int(size) for size in row) for row in sizes)
+    return sorted(((a, b, c, d) for a, b, c, d in rows), key=lambda shape: shape[0] * shape[1] * shape[2])
+
+
+def calibrate(
+    level: Level = QUICK, backends: Sequence[str] | None = None, *, clock: Clock = time.perf_counter
+) -> Iterator[Progress]:
+    """Measure backends on this machine and keep it as wisdom, a share at a time; what was kept stays if it is stopped.
+
+    Every kind of computation has its smallest shapes measured before any has larger ones.
+
+    Parameters
+    ----------
+    level : Level
+    backends : sequence of str, optional
+        Default all that work.
+    clock : callable
+        Gives seconds.
+
+    Yields
+    ------
+    Progress
+    """
+    names = [name for name in backends or registry() if backend_status(name).ok]
+    kinds = [(op, metric, dtype) for op in ("knn", "pairwise") for dtype in DTYPES for metric in METRICS]
+    plan = {"knn": shapes("knn", level.n_shapes, seed=1), "pairwise": shapes("pairwise", level.n_shapes // 2, seed=1)}
+    last: dict[tuple[str, ...], Sample] = {}
+    spent, done, total = 0.0, 0, len(names) * 2
+    for share in (slice(0, None, 2), slice(1, None, 2)):  # the second half sees another hour of a shared machine
+        for name in names:
+            allowed = level.seconds * (done + 1) / total
+            done += 1
+            samples = []
+            for op, metric, dtype in kinds:
+                capabilities = backend_status(name).capabilities
+                for size in plan[op][share]:
+                    problem = Problem(op, *size, metric, dtype)
+                    if spent > allowed or capabilities is None or lacks(capabilities, problem.space, "fast"):
+                        break
+                    before = last.get((name, *problem.group))
+                    if _is_too_large(problem, before, level.longest_s):
+                        break
+                    try:
+                        sample = measure(name, problem, seconds=level.sample_s, clock=clock)
+                    except MemoryError:
+                        break
+                    samples.append(sample)
+                    last[(name, *problem.group)] = sample
+                    spent += CALLS * sum(sample.seconds.values())  # not what compiling took
+                    yield Progress(f"{name}: {problem}", min(1.0, max(spent / level.seconds, (done - 1) / total)))
+            wisdom().add(samples, fit=share.start == 1)
+            settle()
+    for name in names:
+        for metric in METRICS:
+            for dtype in DTYPES:
+                capabilities = backend_status(name).capabilities
+                if capabilities and metric in capabilities.metrics and dtype in capabilities.dtypes:
+                    errors_of(name, metric, dtype)
+    forget_choices()
+
+
+def _is_too_large(problem: Problem, before: Sample | None, longest_s: float) -> bool:
+    row_bytes = problem.n_features * np.dtype(problem.dtype).itemsize
+    answer = problem.n_queries * problem.n_corpus * 8 if problem.op == "pairwise" else 0
+    if (problem.n_queries + problem.n_corpus) * row_bytes + answer > BYTES:
+        return True
+    if before is None:
+        return False
+    growth = max(1.0, problem.work / before.problem.work)
+    return before.seconds["call"] * growth > longest_s

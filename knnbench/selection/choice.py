@@ -1,0 +1,400 @@
+"""`fastest_backend`: which backend is the fastest for a computation, within bounds of accuracy and memory."""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from knnbench.api import check_accuracy, check_count, check_k
+from knnbench.backends import backends, registry
+from knnbench.blocking import check_budget
+from knnbench.dtypes import computed_dtype
+from knnbench.errors import InvalidInputError, UnknownBackendError, UnsupportedError
+from knnbench.metrics import get_metric
+
+from .auto import forget_choices
+from .candidates import Constraints, errors_of, sieve
+from .costs import Prediction, predict
+from .measurement import Clock, Search, is_started, measure
+from .problem import OPS, Problem
+from .wisdom import Sample, backend_version, wisdom
+
+__all__ = ["Choice", "Effort", "fastest_backend"]
+
+Effort = Literal["estimate", "measure", "exhaustive"]
+DataOn = Literal["host", "device"]
+
+# Backends within this share of the fastest cannot be told from it: the same program varies as much between two runs.
+ALIKE = 0.05
+
+# Backends that are estimated to take so many times the least are not measured; nor are those that were measured so.
+HOPELESS = 4.0
+
+# Seconds of one call at the most, as a share of the time for measuring: larger computations are measured on fewer rows.
+CALL_SHARE = 1 / 12
+SLICE_BYTES = 64 << 20
+
+# Features of pairs a second, of backends of which nothing is known: a slow one's.
+UNKNOWN_RATE = 5e7
+
+# Rounds after which more would say little.
+ROUNDS = 9
+
+MOST_CALLS = 1 << 40
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest backend for a computation, and what is known of the others.
+
+    Attributes
+    ----------
+    backend : str
+        The one to take.
+    seconds : dict of str to float
+        What all calls together are predicted to take, by backend, the least first.
+    intervals : dict of str to (float, float)
+        Between which 95 % of the outcomes are expected.
+    indistinguishable : tuple of str
+        The backends that cannot be told from the fastest. Of these `backend` is the one with the smallest error; of
+        equal ones an own backend, which keeps the memory budget, before a peer, and one that needs no further library.
+    passed_over : dict of str to str
+        The candidates that cannot do it, and why.
+    errors : dict of str to float
+        The larger of the errors on ordinary and adversarial data.
+    crossover_calls : int or None
+        From how many calls with one corpus on another backend is the fastest; None if none is.
+    provenance : dict of str to str
+        Where the prediction of each backend comes from.
+    problem : str
+        What was asked.
+    calls : int
+    """
+
+    backend: str
+    seconds: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    indistinguishable: tuple[str, ...]
+    passed_over: dict[str, str]
+    errors: dict[str, float]
+    crossover_calls: int | None
+    provenance: dict[str, str]
+    problem: str
+    calls: int = 1
+    _crossing: str = field(default="", repr=False)
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend} for {self.problem}{f', {self.calls:,} calls' if self.calls > 1 else ''}"]
+        width = max(len(name) for name in (*self.seconds, *self.passed_over))
+        for name, _, interval, ratio, error, source in self._rows():
+            mark = "=" if name in self.indistinguishable else " "
+            lines.append(f"  {name:<{width}} {mark} {interval:>20} {ratio:>7} x  error {error:<8} {source}")
+        lines += [f"  {name:<{width}}   {reason}" for name, reason in self.passed_over.items()]
+        if self.crossover_calls is not None:
+            lines.append(f"  from {self.crossover_calls:,} calls on: {self._crossing}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        from html import escape
+
+        def row(cells: Iterable[str], tag: str = "td") -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        body = [row(("backend", "seconds", "95 %", "x least", "error", "from"), "th")]
+        body += [row((f"{name} ✓" if name == self.backend else name, *rest)) for name, *rest in self._rows()]
+        body += [row((name, "", "", "", "", reason)) for name, reason in self.passed_over.items()]
+        return f"<table><caption>{escape(self.problem)}</caption>{''.join(body)}</table>"
+
+    def _rows(self) -> list[tuple[str, str, str, str, str, str]]:
+        from knnbench.report.table import format_seconds
+
+        least = min(self.seconds.values())
+        return [
+            (
+                name,
+                format_seconds(seconds),
+                " to ".join(format_seconds(bound) for bound in self.intervals[name]),
+                f"{seconds / least:.3g}",
+                f"{self.errors[name]:.1e}",
+                self.provenance[name],
+            )
+            for name, seconds in self.seconds.items()
+        ]
+
+
+def fastest_backend(
+    op: str = "knn",
+    *,
+    n_queries: int,
+    n_corpus: int,
+    n_features: int,
+    k: int | None = None,
+    metric: str = "euclidean",
+    dtype: Any = "float32",
+    accuracy: str = "fast",
+    max_error: float | None = None,
+    calls: int = 1,
+    data_on: str = "host",
+    memory_budget: int | None = None,
+    candidates: Sequence[str] | None = None,
+    effort: str = "measure",
+    time_budget: float = 1.0,
+    clock: Clock = time.perf_counter,
+) -> Choice:
+    """Choose the backend that is the fastest on this machine, of those that are accurate enough and fit the memory.
+
+    Parameters
+    ----------
+    op : {"knn", "pairwise"}
+    n_queries, n_corpus, n_features : int
+        The shape.
+    k : int, optional
+        Neighbours of each query, for ``"knn"``; default 1.
+    metric : str
+        As for `knnbench.knn`.
+    dtype : dtype
+        Of the data; what is computed as another (float16, integers) is asked for as that.
+    accuracy : {"fast", "exact"}
+        As for `knnbench.knn`.
+    max_error : float, optional
+        The largest error allowed, max |d - d_ref| / max d_ref, on ordinary data and on data far from the origin.
+    calls : int
+        With one corpus, which is then prepared if that pays. What a backend needs to start, to be loaded and compiled,
+        is counted once, unless it has done this kind of computation in this process.
+    data_on : {"host", "device"}
+        Where the arrays lie.
+    memory_budget : int, optional
+        Bytes; default as for `knnbench.knn`.
+    candidates : sequence of str, optional
+        Names to choose from; default all, peers too.
+    effort : {"estimate", "measure", "exhaustive"}
+        ``"estimate"`` predicts from what was measured before (``knnbench calibrate``) and measures no time;
+        ``"measure"`` also measures those that may be the fastest, in turns, on a part of the shape, and keeps what it
+        measured; ``"exhaustive"`` measures all, each several times, however long it takes.
+    time_budget : float
+        Seconds that ``"measure"`` may take, beside starting backends.
+    clock : callable
+        Gives seconds, for measuring.
+
+    Returns
+    -------
+    Choice
+
+    Raises
+    ------
+    InvalidInputError
+        For a value that no computation can have.
+    UnknownBackendError
+        For a candidate that is not registered.
+    UnsupportedError
+        If no candidate can do it; the text has the reason of each.
+
+    Examples
+    --------
+    >>> choice = fastest_backend(n_queries=10, n_corpus=500, n_features=16, k=3, effort="estimate",
+    ...                          candidates=["numpy", "python"])
+    >>> choice.backend
+    'numpy'
+    """
+    problem = _problem(op, n_queries, n_corpus, n_features, k, metric, dtype, data_on)
+    calls = check_count("calls", calls)
+    if effort not in get_args(Effort):
+        raise InvalidInputError(f"effort is {effort!r}; expected one of: {', '.join(get_args(Effort))}.")
+    _check_positive("time_budget", time_budget)
+    if max_error is not None:
+        _check_positive("max_error", max_error)
+    constraints = Constraints(check_accuracy(accuracy), max_error, check_budget(memory_budget))
+    names, passed_over = sieve(_names(candidates), problem, constraints)
+    measured: dict[str, list[float]] = {}
+    if effort != "estimate":
+        budget = time_budget if effort == "measure" else math.inf
+        names, reasons, measured = _measured(names, problem, calls, budget, clock)
+        passed_over |= reasons
+    for name in [name for name in names if not wisdom().costs((name, *problem.group))]:
+        passed_over[name] = "never measured, and no default; `knnbench calibrate`, or effort='measure'"
+        names.remove(name)
+    if not names:
+        every = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+        raise UnsupportedError(f"no backend can do {problem} as asked: {every}.")
+    return _decide(names, passed_over, problem, calls, measured)
+
+
+def _problem(
+    op: str, n_queries: int, n_corpus: int, n_features: int, k: int | None, metric: str, dtype: Any, data_on: str
+) -> Problem:
+    for name, value, known in (("op", op, OPS), ("data_on", data_on, get_args(DataOn))):
+        if value not in known:
+            raise InvalidInputError(f"{name} is {value!r}; expected one of: {', '.join(known)}.")
+    try:
+        given = np.dtype(dtype)
+    except TypeError:
+        raise InvalidInputError(f"dtype is {dtype!r}; expected a dtype such as 'uint8' or 'float32'.") from None
+    n_queries, n_corpus, n_features = (
+        check_count(name, value)
+        for name, value in (("n_queries", n_queries), ("n_corpus", n_corpus), ("n_features", n_features))
+    )
+    if op == "pairwise" and k is not None:
+        raise InvalidInputError(f"k is {k!r} and op is 'pairwise', which has none; leave k out.")
+    kept = check_k(1 if k is None else k, n_corpus) if op == "knn" else 0
+    name = get_metric(metric).name
+    return Problem(op, n_queries, n_corpus, n_features, kept, name, computed_dtype(given).name, data_on)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise InvalidInputError(f"{name} is {value!r}; expected a number above 0.")
+
+
+def _names(candidates: Sequence[str] | None) -> list[str]:
+    if candidates is None:
+        return [status.name for status in backends()]
+    if isinstance(candidates, str) or not candidates:
+        raise InvalidInputError(f"candidates is {candidates!r}; expected a sequence of names, or None for all.")
+    for name in candidates:
+        if name not in registry():
+            raise UnknownBackendError(f"candidate {name!r} is unknown; expected one of: {', '.join(registry())}.")
+    return list(dict.fromkeys(candidates))
+
+
+def _prediction(name: str, problem: Problem, calls: int) -> Prediction:
+    group = (name, *problem.group)
+    start = 0.0 if is_started(name, problem) else wisdom().start(group)
+    return predict(wisdom().costs(group), problem, calls, start)
+
+
+def _measured(
+    names: list[str], problem: Problem, calls: int, seconds: float, clock: Clock
+) -> tuple[list[str], dict[str, str], dict[str, list[float]]]:
+    """Measure what may be the fastest, in turns; return what is left, what failed, and seconds on the whole shape."""
+    known = {name: _prediction(name, problem, calls) for name in names if wisdom().costs((name, *problem.group))}
+    least = min((prediction.seconds for prediction in known.values()), default=math.inf)
+    rivals = [n for n in names if n not in known or known[n].interval()[0] <= HOPELESS * least or seconds == math.inf]
+    sliced = _slice(problem, min(known.values(), key=lambda p: p.seconds) if known else None, calls, seconds)
+    searches: dict[str, Search] = {}
+    failed: dict[str, str] = {}
+    times: dict[str, list[float]] = {}
+    begin = clock()
+    for name in sorted(rivals, key=lambda name: known[name].seconds if name in known else math.inf):
+        if searches and clock() - begin > seconds / 2:
+            break  # what is left has its estimate
+        try:
+            was_started = is_started(name, sliced)
+            search = Search(name, sliced, clock)
+            first = search.call()
+        except Exception as error:  # whatever a library raises: it cannot be the fastest
+            failed[name] = f"failed as it was measured: {type(error).__name__}: {error}"
+            continue
+        times[name] = [first] if was_started else []
+        begin += 0.0 if was_started else first  # starting is not measuring
+        searches[name] = search
+    going = list(searches)
+    for _ in range(ROUNDS):
+        for name in going:
+            if clock() - begin > seconds and all(times[n] for n in going):
+                break
+            times[name].append(searches[name].call())
+        else:
+            medians = {name: float(np.median(times[name])) for name in going}
+            ahead = sorted(going, key=lambda name: medians[name])
+            half = ahead[: -(-len(ahead) // 2)]
+            close = [name for name in ahead if medians[name] <= (1 + 2 * ALIKE) * medians[ahead[0]]]
+            if seconds < math.inf:
+                going = [name for name in ahead if name in half or name in close]
+            continue
+        break
+    samples = [Sample(n, backend_version(n), sliced, {"call": float(np.median(t))}) for n, t in times.items() if t]
+    if math.isinf(seconds) or calls > 1:
+        samples = [measure(s.backend, sliced, seconds=min(0.5, seconds / 8), clock=clock) for s in samples]
+    wisdom().add(samples)
+    forget_choices()
+    on_whole = {}
+    for sample in samples:
+        costs = wisdom().costs((sample.backend, *problem.group))
+        if calls == 1 and costs:
+            scale = costs["call"].predict(problem).seconds / costs["call"].predict(sliced).seconds
+            on_whole[sample.backend] = [scale * t for t in times[sample.backend]]
+    return [name for name in names if name not in failed], failed, on_whole
+
+
+def _slice(problem: Problem, best: Prediction | None, calls: int, seconds: float) -> Problem:
+    """Return a computation like another one, on fewer rows where it would take too long or too much memory."""
+    if math.isinf(seconds):
+        return problem
+    row_bytes = problem.n_features * np.dtype(problem.dtype).itemsize
+    n_corpus = max(problem.k, min(problem.n_corpus, SLICE_BYTES // row_bytes))
+    each = best.seconds / calls * n_corpus / problem.n_corpus if best else problem.work / UNKNOWN_RATE
+    share = seconds * CALL_SHARE / max(each, 1e-9)
+    n_queries = max(1, min(problem.n_queries, int(problem.n_queries * share), SLICE_BYTES // row_bytes))
+    if share * problem.n_queries < 1:  # one query takes too long on the whole corpus
+        n_corpus = max(problem.k, int(n_corpus * share * problem.n_queries), 1)
+    return replace(problem, n_queries=n_queries, n_corpus=n_corpus)
+
+
+def _decide(
+    names: list[str], passed_over: dict[str, str], problem: Problem, calls: int, measured: dict[str, list[float]]
+) -> Choice:
+    predictions = {name: _prediction(name, problem, calls) for name in names}
+    for name, times in measured.items():
+        if name in predictions and len(times) > 1:
+            spread = float(np.std(np.log(times)) / np.sqrt(len(times)))
+            predictions[name] = Prediction(float(np.median(times)), max(spread, 0.01))
+    ranked = sorted(predictions, key=lambda name: predictions[name].seconds)
+    least = predictions[ranked[0]].seconds
+    alike = tuple(name for name in ranked if predictions[name].seconds <= (1 + ALIKE) * least)
+    errors = {name: _largest_error(name, problem) for name in ranked}
+
+    def place(name: str) -> tuple[float, bool, bool]:
+        return _decade(errors[name]), registry()[name].peer, bool(registry()[name].install)
+
+    backend = min(alike, key=place)
+    calls_from, other = _crossover(backend, ranked, problem, calls)
+    return Choice(
+        backend=backend,
+        seconds={name: predictions[name].seconds for name in ranked},
+        intervals={name: predictions[name].interval() for name in ranked},
+        indistinguishable=alike,
+        passed_over=passed_over,
+        errors=errors,
+        crossover_calls=calls_from,
+        provenance={
+            name: f"measured now, {len(measured[name])} calls" if name in measured
+            else wisdom().source((name, *problem.group))
+            for name in ranked
+        },
+        problem=str(problem),
+        calls=calls,
+        _crossing=other,
+    )  # fmt: skip
+
+
+def _largest_error(name: str, problem: Problem) -> float:
+    found = errors_of(name, problem.metric, problem.dtype)
+    return float(max(found["ordinary"], found["adversarial"]))
+
+
+def _decade(error: float) -> float:
+    return math.floor(math.log10(error)) if 0 < error < math.inf else error
+
+
+def _crossover(backend: str, names: list[str], problem: Problem, calls: int) -> tuple[int | None, str]:
+    """Return from how many calls on another backend is clearly the fastest, and which; None if none is."""
+
+    def overtaking(n: int) -> str:
+        seconds = {name: _prediction(name, problem, n).seconds for name in names}
+        best = min(names, key=lambda name: seconds[name])
+        return best if seconds[best] * (1 + ALIKE) < seconds[backend] else ""
+
+    high = calls
+    while not overtaking(high):
+        high *= 2
+        if high > MOST_CALLS:
+            return None, ""
+    low = max(calls, high // 2)
+    while high - low > max(1, low // 100):
+        middle = (low + high) // 2
+        low, high = (low, middle) if overtaking(middle) else (middle, high)
+    return high, overtaking(high)

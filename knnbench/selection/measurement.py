@@ -1,0 +1,122 @@
+"""Measuring backends on a shape, in this process."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from knnbench.api import knn, pairwise, prepare
+from knnbench.backends import get_backend
+from knnbench.dtypes import Array
+
+from .problem import Problem
+from .wisdom import Sample, backend_version
+
+__all__ = ["Clock", "Search", "measure", "rows_of"]
+
+Clock = Callable[[], float]
+
+# Values that rows are made from again and again: drawing new ones would take longer than searching.
+POOL = (1 << 20) - 1  # odd, so that the same values do not fall on the same features
+
+# Of kinds of computation that ran in this process: they will not have to be started again.
+_started: set[tuple[str, ...]] = set()
+
+
+def rows_of(n_rows: int, n_features: int, dtype: str, seed: int) -> Array:
+    """Return random rows: bytes from 1 to 255, or normal values; a row repeats only where there are very many."""
+    rows: Array = np.resize(_pool(dtype, seed), n_rows * n_features).reshape(n_rows, n_features)
+    return rows
+
+
+@functools.cache
+def _pool(dtype: str, seed: int) -> Array:
+    rng = np.random.default_rng(seed)
+    values = rng.integers(1, 256, POOL) if dtype == "uint8" else rng.standard_normal(POOL)
+    return values.astype(dtype)
+
+
+def is_started(backend: str, problem: Problem) -> bool:
+    """Return whether a backend has done this kind of computation in this process."""
+    return (backend, *problem.group) in _started
+
+
+class Search:
+    """A computation on generated rows, to be called again and again.
+
+    Parameters
+    ----------
+    backend : str
+    problem : Problem
+    clock : callable
+        Gives seconds.
+    """
+
+    def __init__(self, backend: str, problem: Problem, clock: Clock = time.perf_counter) -> None:
+        self._backend, self._problem, self._clock = backend, problem, clock
+        self._engine = get_backend(backend)
+        self.queries: Any = rows_of(problem.n_queries, problem.n_features, problem.dtype, 1)
+        self.corpus: Any = rows_of(problem.n_corpus, problem.n_features, problem.dtype, 2)
+        if problem.data_on == "device":
+            dtype = np.dtype(problem.dtype)
+            self.queries = self._engine.to_native(self.queries, dtype)
+            self.corpus = self._engine.to_native(self.corpus, dtype)
+
+    def call(self, corpus: Any = None) -> float:
+        """Return the seconds of one call, with the corpus as it is or prepared; `answer` is what it gave."""
+        corpus = self.corpus if corpus is None else corpus
+        self._engine.synchronize()
+        begin = self._clock()
+        if self._problem.op == "knn":
+            self.answer = knn(self.queries, corpus, self._problem.k, self._problem.metric, backend=self._backend)
+        else:
+            self.answer = pairwise(self.queries, corpus, self._problem.metric, backend=self._backend)
+        self._engine.synchronize()
+        _started.add((self._backend, *self._problem.group))
+        return self._clock() - begin
+
+    def prepare(self) -> tuple[float, Any]:
+        """Return the seconds to prepare the corpus, and the result."""
+        begin = self._clock()
+        prepared = prepare(self.corpus, self._problem.metric, backend=self._backend)
+        self._engine.synchronize()
+        return self._clock() - begin, prepared
+
+
+def measure(backend: str, problem: Problem, *, seconds: float, clock: Clock = time.perf_counter) -> Sample:
+    """Measure a call, preparing, and a prepared call: medians of as many as some seconds allow, one at the least.
+
+    Parameters
+    ----------
+    backend : str
+    problem : Problem
+    seconds : float
+        For each of the three.
+    clock : callable
+        Gives seconds.
+    """
+    was_started = is_started(backend, problem)
+    search = Search(backend, problem, clock)
+    call, start = _median(search.call, seconds)
+    once, of_prepare = _median(lambda: search.prepare()[0], seconds / 2)
+    prepared = search.prepare()[1]
+    then, of_prepared = _median(lambda: search.call(prepared), seconds)
+    found = {"call": max(call, 1e-9), "prepare": max(once, 1e-9), "prepared": max(then, 1e-9)}
+    starting = 0.0 if was_started else start + of_prepare + of_prepared
+    return Sample(backend, backend_version(backend), problem, found, starting)
+
+
+def _median(function: Callable[[], float], seconds: float) -> tuple[float, float]:
+    """Return the median of calls until they fill some seconds, or are 9; and what the first took beyond the second.
+
+    The first is left out if it took twice as long: a shape may need a kernel that no other shape needed.
+    """
+    times = [function(), function()]
+    excess = max(0.0, times[0] - times[1])
+    if times[0] > 2 * times[1]:
+        del times[0]
+    while sum(times) < seconds and len(times) < 9:
+        times.append(function())
+    return float(np.median(times)), excess
