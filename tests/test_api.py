@@ -547,11 +547,14 @@ def test_auto_passes_over_what_does_not_work(monkeypatch):
     def planted(name):
         return broken if name == "numba" else backend_status(name)
 
-    monkeypatch.setattr("knnbench.selection.rule.backend_status", planted)
+    monkeypatch.setattr("knnbench.selection.auto._chosen", {})
+    monkeypatch.setattr("knnbench.selection.auto._ranked", lambda names, problem: ["numba", "numpy"])
+    monkeypatch.setattr("knnbench.selection.auto.backend_status", planted)
     answer = knn(ROWS, ROWS, 1)
     assert answer.backend == "numpy"
     assert answer.passed_over == {"numba": "planted"}
-    monkeypatch.setattr("knnbench.selection.rule.backend_status", lambda name: broken)
+    monkeypatch.setattr("knnbench.selection.auto._chosen", {})
+    monkeypatch.setattr("knnbench.selection.auto.backend_status", lambda name: broken)
     with pytest.raises(BackendUnavailableError, match=r"numba: planted; numpy: planted"):
         knn(ROWS, ROWS, 1)
 

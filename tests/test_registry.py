@@ -16,7 +16,7 @@ from knnbench.backends import ENTRY_POINTS, Registration, Status, backend_status
 from knnbench.backends.base import Backend
 from knnbench.backends.numpy import NumpyBackend
 from knnbench.backends.python import PythonBackend
-from knnbench.selection.rule import PREFERENCE
+from knnbench.selection.auto import CANDIDATES
 
 ROOT = Path(knnbench.__file__).parent
 MODULE = importlib.import_module("knnbench.backends")  # `knnbench.backends` itself is the function
@@ -183,7 +183,7 @@ def test_every_status_has_a_reason_or_works():
 
 def test_auto_prefers_own_backends():
     lines = registry()
-    for names in PREFERENCE.values():
+    for names in CANDIDATES.values():
         assert all(not lines[name].peer for name in names)
 
 
