@@ -47,7 +47,7 @@ DOMINANT = {"call": "pair feature", "prepared": "pair feature", "prepare": "corp
 LENGTH = 0.7
 
 # Of the logarithm of repeated measurements on a shared machine, and the least deviation that is expected elsewhere.
-NOISE = 0.04
+NOISE = 0.08
 LEAST_DEVIATION = 0.1
 
 # A measurement so far off, as a share of what the terms give, counts half in the next fit.

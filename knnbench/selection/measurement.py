@@ -86,7 +86,9 @@ class Search:
 
 
 def measure(backend: str, problem: Problem, *, seconds: float, clock: Clock = time.perf_counter) -> Sample:
-    """Measure a call, preparing, and a prepared call: medians of as many as some seconds allow, one at the least.
+    """Measure a call, preparing, and a prepared call: the least of as many as some seconds allow, two at the least.
+
+    The least, because what others take of a shared machine is only ever added; a prediction is no result to report.
 
     Parameters
     ----------
@@ -99,24 +101,18 @@ def measure(backend: str, problem: Problem, *, seconds: float, clock: Clock = ti
     """
     was_started = is_started(backend, problem)
     search = Search(backend, problem, clock)
-    call, start = _median(search.call, seconds)
-    once, of_prepare = _median(lambda: search.prepare()[0], seconds / 2)
+    call, start = _least(search.call, seconds)
+    once, of_prepare = _least(lambda: search.prepare()[0], seconds / 2)
     prepared = search.prepare()[1]
-    then, of_prepared = _median(lambda: search.call(prepared), seconds)
+    then, of_prepared = _least(lambda: search.call(prepared), seconds)
     found = {"call": max(call, 1e-9), "prepare": max(once, 1e-9), "prepared": max(then, 1e-9)}
     starting = 0.0 if was_started else start + of_prepare + of_prepared
     return Sample(backend, backend_version(backend), problem, found, starting)
 
 
-def _median(function: Callable[[], float], seconds: float) -> tuple[float, float]:
-    """Return the median of calls until they fill some seconds, or are 9; and what the first took beyond the second.
-
-    The first is left out if it took twice as long: a shape may need a kernel that no other shape needed.
-    """
+def _least(function: Callable[[], float], seconds: float) -> tuple[float, float]:
+    """Return the least of calls until they fill some seconds, or are 9; and what the first took beyond the second."""
     times = [function(), function()]
-    excess = max(0.0, times[0] - times[1])
-    if times[0] > 2 * times[1]:
-        del times[0]
     while sum(times) < seconds and len(times) < 9:
         times.append(function())
-    return float(np.median(times)), excess
+    return min(times), max(0.0, times[0] - times[1])

@@ -36,6 +36,9 @@ SCHEMA = 1
 
 WISDOM_VARIABLE = "KNNBENCH_WISDOM"
 
+# As how many measurements of a kind of computation those of the backend's other kinds count.
+BELIEVED = 3
+
 Group = tuple[str, ...]
 
 
@@ -131,6 +134,7 @@ class Wisdom:
         if path is not None and path.exists():
             self._read(path)
         self._costs: dict[Group, dict[str, Cost]] = {}
+        self._factors: dict[str, float] = {}
 
     def _read(self, path: Path) -> None:
         header, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
@@ -183,7 +187,6 @@ class Wisdom:
 
     def _find_costs(self, group: Group) -> dict[str, Cost]:
         own, shipped = self.samples(group), list(self.shipped.samples.get(group, {}).values())
-        factor = 1.0
         result = {}
         for quantity in QUANTITIES:
             measured = [sample for sample in own if quantity in sample.seconds]
@@ -195,10 +198,24 @@ class Wisdom:
             if not defaults:
                 continue
             default = _cost(quantity, defaults, fit)
-            if measured:  # otherwise the factor of the calls is the best guess
-                factor = float(np.median([s.seconds[quantity] / default.predict(s.problem).seconds for s in measured]))
+            factor = self._factor(group[0])
+            if measured:
+                logs = [float(np.log(s.seconds[quantity] / default.predict(s.problem).seconds)) for s in measured]
+                factor = float(np.exp((sum(logs) + BELIEVED * np.log(factor)) / (len(logs) + BELIEVED)))
             result[quantity] = _cost(quantity, defaults, fit, measured, factor)
         return result
+
+    def _factor(self, backend: str) -> float:
+        """Return how much longer calls of a backend take here than on the machine of the defaults."""
+        if backend not in self._factors:
+            logs = []
+            for group, shipped in self.shipped.samples.items():
+                own = self.samples(group) if group[0] == backend else []
+                if own:
+                    default = _cost("call", list(shipped.values()), self.shipped.fits.get(group, {}))
+                    logs += [float(np.log(s.seconds["call"] / default.predict(s.problem).seconds)) for s in own]
+            self._factors[backend] = float(np.exp(np.median(logs))) if logs else 1.0
+        return self._factors[backend]
 
     def error(self, backend: str, metric: str, dtype: str) -> dict[str, Any] | None:
         """Return what is known of the error of the version installed: its ordinary and adversarial error, a reason."""
@@ -224,6 +241,7 @@ class Wisdom:
             self.own.take(fits)
             new += fits
         self._costs.clear()
+        self._factors.clear()
         if new and self.path is not None:
             append(self.path, new)
 
