@@ -10,21 +10,29 @@ import functools
 import hashlib
 import importlib.metadata
 import os
+import pickle
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import numba
 import platformdirs
+from numba.core import serialize
 
 __all__ = ["cache_directory", "cached_on_disk", "compile_cached"]
 
 COMPILERS = ("numba", "llvmlite", "numba-cuda", "numpy")
 
+# Values that are the same if their texts are.
+PLAIN = (bool, int, float, str, type(None))
+
 _config: Any = numba.config  # filled in at run time, so no type checker knows its names
+_serialize: Any = serialize  # without annotations
 
 # numba reads its directory from a global when a function is decorated.
 _decorating = threading.RLock()
@@ -84,11 +92,80 @@ def cached_on_disk() -> Iterator[bool]:
 
 
 def compile_cached(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return ``numba.njit`` with these options and the cache above, as a decorator."""
+    """Return ``numba.njit`` with these options and the cache above, as a decorator.
+
+    numba finds a function's code by a pickle of what the function closes over, which is another one in each process,
+    and by an index of several, which two processes can write at once, each for code of its own. Here what `described`
+    says finds it, in a file of its own. A hash of that is in the function's name, too: numba numbers functions, from
+    one in each process, and a process that loads two of the same name and number runs one for the other.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        given = {name: sorted(value) if isinstance(value, set) else value for name, value in options.items()}
+        key = hashlib.sha256(repr((described(function), given)).encode()).hexdigest()[:32]
+        _rename(function, key)
         with cached_on_disk() as cache:
-            compiled: Callable[..., Any] = numba.njit(cache=cache, **options)(function)
-        return compiled
+            compiled: Any = numba.njit(cache=cache, **options)(function)
+            if cache:
+                compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
+                compiled._cache._cache_file = _Files(cache_directory(), function.__name__)
+        return cast("Callable[..., Any]", compiled)
 
     return decorate
+
+
+def described(value: Any) -> Any:
+    """Return what tells a value that a kernel closes over from all others, the sources being the same.
+
+    Raises
+    ------
+    TypeError
+        For one of a kind whose text may not tell.
+    """
+    if isinstance(value, FunctionType):
+        code, known = value.__code__, value.__globals__
+        constants: list[Any] = [value for value in code.co_consts if isinstance(value, PLAIN)]
+        constants += [(name, known[name]) for name in code.co_names if isinstance(known.get(name, known), PLAIN)]
+        cells = [(name, described(cell)) for name, cell in _closure(value).items()]
+        return value.__module__, code.co_qualname, code.co_firstlineno, code.co_code, constants, cells
+    if isinstance(value, (*PLAIN, numba.types.Type)):
+        return repr(value)
+    raise TypeError(f"a kernel that is kept on disk closes over {value!r}")
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    cells = (cell.cell_contents for cell in function.__closure__ or ())
+    return dict(zip(function.__code__.co_freevars, cells, strict=True))
+
+
+def _rename(function: Any, key: str) -> None:
+    """Add the key to the names of a function and of those it closes over that were made for it alone."""
+    if "<locals>" in function.__qualname__:
+        function.__qualname__ = f"{function.__code__.co_qualname}_{key}"
+        for value in _closure(function).values():
+            if isinstance(value, FunctionType):
+                _rename(value, key)
+
+
+class _Files:
+    """What numba keeps of a function: a file for each key, put in place in one step."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+
+    def _path(self, key: Any) -> Path:
+        return self._folder / f"{self._name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.code"
+
+    def load(self, key: Any) -> Any:
+        """Return what was saved, or None."""
+        try:
+            return pickle.loads(self._path(key).read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep the data."""
+        path = self._path(key)
+        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        unfinished.write_bytes(_serialize.dumps(data))
+        unfinished.replace(path)
