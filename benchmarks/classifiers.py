@@ -94,7 +94,7 @@ class RandomSearch:
     rounds, repeat, number = common.ROUNDS, common.REPEAT, 1
     param_names = ("backend", "workload")
     # The others inherit numpy's loss.
-    params = (["numpy"], ["images"])
+    params = (["numpy", "numba", "torch", "torch-cuda"], ["images"])
 
     def setup(self, backend: str, workload: str) -> None:
         """Warm up and check, once."""

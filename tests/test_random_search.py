@@ -1,5 +1,6 @@
 """RandomSearchClassifier: the notebook's method, the same on every backend and in every run."""
 
+import importlib
 import math
 import pickle
 import re
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
@@ -17,11 +19,21 @@ from sklearn.preprocessing import MinMaxScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from threadpoolctl import threadpool_info
 
+from knnbench.backends import get_backend
 from knnbench.classifiers import RandomSearchClassifier
-from knnbench.errors import InvalidInputError, UnknownBackendError
+from knnbench.errors import BackendUnavailableError, InvalidInputError, UnknownBackendError
 
 MODULE = "knnbench.classifiers.random_search"
-FITTED = ("coef_", "intercept_", "best_loss_", "n_iter_", "accepted_iterations_", "loss_curve_", "seed_")
+FITTED = (
+    "coef_",
+    "intercept_",
+    "best_loss_",
+    "n_iter_",
+    "accepted_iterations_",
+    "loss_curve_",
+    "near_ties_",
+    "seed_",
+)
 
 
 def images(n: int = 300, dtype: str = "uint8") -> tuple[np.ndarray, np.ndarray]:
@@ -83,14 +95,17 @@ class Scripted:
     def __init__(self, losses: list[float]) -> None:
         self.losses = iter(losses)
 
-    def linear_loss(self, X: np.ndarray, y: np.ndarray, W: np.ndarray, b: np.ndarray) -> np.ndarray:
-        assert W.shape == (1, X.shape[1], b.shape[1])
-        return np.array([next(self.losses) * len(X)])
+    def linear_loss(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray, dtype: np.dtype) -> Any:
+        def losses(W: np.ndarray, b: np.ndarray, limit: float = math.inf) -> np.ndarray:
+            assert W.shape == (1, X.shape[1], b.shape[1])
+            return np.array([next(self.losses) * len(X)])
+
+        return losses
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float], **params: Any) -> RandomSearchClassifier:
     monkeypatch.setattr(f"{MODULE}.get_backend", lambda name: Scripted(losses))
-    return RandomSearchClassifier(random_state=0, **params).fit(*images(20))
+    return RandomSearchClassifier(random_state=0, block_size=1, **params).fit(*images(20))
 
 
 @parametrize_with_checks([RandomSearchClassifier(), RandomSearchClassifier(backend="numpy", patience=3, step_size=0.1)])
@@ -319,9 +334,12 @@ def test_prediction_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verbose_prints_each_improvement(capsys: pytest.CaptureFixture[str]) -> None:
     X, y = images(600)
     found = RandomSearchClassifier(max_iter=30, random_state=0, verbose=True).fit(X, y)
-    lines = [re.fullmatch(r"iteration (\d+): loss (\S+)", line) for line in capsys.readouterr().out.splitlines()]
-    assert [int(line[1]) for line in lines if line] == found.accepted_iterations_.tolist()
+    pattern = r"iteration (\d+): loss (\S+), \S+ improvements/s, patience left (\d+) of 20"
+    lines = [re.fullmatch(pattern, line) for line in capsys.readouterr().out.splitlines()]
+    accepted = found.accepted_iterations_
+    assert [int(line[1]) for line in lines if line] == accepted.tolist()
     np.testing.assert_allclose([float(line[2]) for line in lines if line], 3 * found.loss_curve_, rtol=1e-5)
+    assert [int(line[3]) for line in lines if line] == (20 - np.diff(accepted, prepend=-1) + 1).tolist()
     RandomSearchClassifier(max_iter=3, random_state=0).fit(X, y)
     assert not capsys.readouterr().out
 
@@ -367,9 +385,14 @@ def test_threads_are_held_at_the_number_asked_for(monkeypatch: pytest.MonkeyPatc
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
     class Watched(Scripted):
-        def linear_loss(self, X: np.ndarray, y: np.ndarray, W: np.ndarray, b: np.ndarray) -> np.ndarray:
-            seen.append(blas_threads())
-            return super().linear_loss(X, y, W, b)
+        def linear_loss(self, *args: Any) -> Any:
+            losses = super().linear_loss(*args)
+
+            def watched(*args: Any) -> np.ndarray:
+                seen.append(blas_threads())
+                return losses(*args)
+
+            return watched
 
     seen: list[set[int]] = []
     before = blas_threads()
@@ -377,7 +400,7 @@ def test_threads_are_held_at_the_number_asked_for(monkeypatch: pytest.MonkeyPatc
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("KNNBENCH_THREADS", "1")
     monkeypatch.setattr(f"{MODULE}.get_backend", lambda name: Watched([2.0, 1.0]))
-    RandomSearchClassifier(max_iter=2, random_state=0).fit(*images(20))
+    RandomSearchClassifier(max_iter=2, random_state=0, block_size=1).fit(*images(20))
     # A BLAS that threadpoolctl does not know is not listed.
     assert seen == 2 * [{1} if before else set()]
     assert blas_threads() == before
@@ -403,3 +426,286 @@ def test_several_outputs_are_refused() -> None:
     X, y = images(10)
     with pytest.raises(ValueError, match=r"y should be a 1d array, got an array of shape \(10, 2\) instead"):
         RandomSearchClassifier().fit(X, np.column_stack([y, y]))
+
+
+def replay(X: np.ndarray, y: np.ndarray, *, seed: int, max_iter: int, weight: np.ndarray | None = None) -> list[int]:
+    """The sequential method in float64, one candidate after the other, without patience: the accepted iterations."""
+    X, n_classes = X.astype(np.float64), int(y.max()) + 1
+    W, b = 1e-3 * draw(seed, 0).standard_normal((X.shape[1], n_classes)), np.zeros(n_classes)
+    best, accepted = math.inf, []
+    for iteration in range(max_iter):
+        noise = draw(seed, 1 + iteration)
+        # A point is kept in float32, which is its definition for uint8; everything else is float64.
+        W_new = (W + 1e-4 * noise.standard_normal(W.shape)).astype(np.float32).astype(np.float64)
+        b_new = (b + 1e-4 * noise.standard_normal(b.shape)).astype(np.float32).astype(np.float64)
+        loss = np.average(
+            logsumexp(X @ W_new + b_new, axis=1) - (X @ W_new + b_new)[np.arange(len(y)), y], weights=weight
+        )
+        if loss < best:
+            W, b, best = W_new, b_new, loss
+            accepted.append(iteration)
+    return accepted
+
+
+@pytest.fixture(scope="module")
+def replays() -> dict[int, list[int]]:
+    return {seed: replay(*images(), seed=seed, max_iter=300) for seed in (0, 1, 5)}
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 8, "auto"])
+def test_decides_as_the_sequential_method_in_float64(
+    own_backend: str, replays: dict[int, list[int]], block_size: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KNNBENCH_THREADS", "1")  # more would wait for each other longer than they compute
+    for seed, accepted in replays.items():
+        found = RandomSearchClassifier(300, 300, backend=own_backend, random_state=seed, block_size=block_size)
+        found.fit(*images())
+        assert found.accepted_iterations_.tolist() == accepted
+        assert found.n_iter_ == 300
+        assert 40 < len(accepted) < 200
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
+@pytest.mark.parametrize("patience", [3, 20])
+def test_blocks_change_nothing_to_the_bit(
+    own_backend: str, dtype: str, patience: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KNNBENCH_THREADS", "1")
+    X, y = images(257, dtype)
+    X, y = X[:, :61], y % 7
+    search = RandomSearchClassifier(150, patience, backend=own_backend, random_state=4)
+    reference = clone(search).set_params(block_size=1).fit(X, y)
+    for block_size in (2, 5, 8, "auto"):
+        assert same_run(reference, clone(search).set_params(block_size=block_size).fit(X, y))
+
+
+def test_threads_change_nothing_to_the_bit(own_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if own_backend != "numba":
+        pytest.skip("a BLAS may divide its sums by threads")
+    X, y = images(1500)
+    X = np.repeat(X, 8, axis=1)
+    found = []
+    for threads in ("1", "2", "3"):
+        monkeypatch.setenv("KNNBENCH_THREADS", threads)
+        found.append(RandomSearchClassifier(40, backend="numba", random_state=0, block_size=4).fit(X, y))
+    assert same_run(found[0], found[1])
+    assert same_run(found[0], found[2])
+
+
+def test_a_block_follows_the_share_of_improvements(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Falling(Scripted):
+        def linear_loss(self, X: np.ndarray, *args: Any) -> Any:
+            def losses(W: np.ndarray, b: np.ndarray, limit: float = math.inf) -> np.ndarray:
+                sizes.append(len(W))
+                return np.full(len(W), 1.0 / min(len(sizes), 30))
+
+            return losses
+
+    monkeypatch.setattr(f"{MODULE}.get_backend", lambda name: Falling([]))
+    found = RandomSearchClassifier(200, 100, random_state=0).fit(*images(20))
+    assert found.accepted_iterations_[-1] < 50
+    assert max(sizes[1:30]) <= 2
+    assert max(sizes) == 8
+    # No candidate past the patience, nor past the last iteration, is evaluated.
+    assert found.n_iter_ == found.accepted_iterations_[-1] + 101
+    assert sum(sizes[-20:]) < 200
+
+
+class Broken:
+    """A backend whose answers are tampered with."""
+
+    def __init__(self, tamper: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.engine, self.tamper = get_backend("numpy"), tamper
+
+    def linear_loss(self, *args: Any) -> Any:
+        losses = self.engine.linear_loss(*args)
+        return lambda W, b, limit=math.inf: self.tamper(losses(W, b))
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        lambda losses: losses * (1 + 1e-2 * (np.arange(len(losses)) > 0)),
+        # As an engine that takes the best of a block, not the first that improves.
+        lambda losses: np.where(losses == losses.min(), losses, math.inf),
+    ],
+    ids=["a loss depends on its place", "a later candidate is accepted"],
+)
+def test_the_replay_finds_engines_that_are_off(
+    monkeypatch: pytest.MonkeyPatch, replays: dict[int, list[int]], tamper: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    monkeypatch.setattr(f"{MODULE}.get_backend", lambda name: Broken(tamper))
+    found = RandomSearchClassifier(300, 300, random_state=0, block_size=4).fit(*images())
+    assert found.accepted_iterations_.tolist() != replays[0]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
+@pytest.mark.parametrize(
+    ("n_samples", "n_features", "n_classes"), [(1, 1, 1), (17, 3, 2), (333, 64, 10), (700, 40, 37)]
+)
+def test_losses_are_those_of_float64(
+    own_backend: str, dtype: str, n_samples: int, n_features: int, n_classes: int
+) -> None:
+    rng = np.random.default_rng(n_samples)
+    X = (rng.integers(0, 256, (n_samples, n_features)) * (rng.random((n_samples, n_features)) < 0.3)).astype(dtype)
+    y, weight = rng.integers(0, n_classes, n_samples), rng.random(n_samples)
+    kind = np.result_type(dtype, np.float32)
+    W, b = (rng.standard_normal((5, *shape)).astype(kind) for shape in ((n_features, n_classes), (n_classes,)))
+    W *= kind.type(1e-2)
+    logits = X.astype(np.float64) @ W.astype(np.float64) + b[:, None]
+    expected = (logsumexp(logits, axis=2) - logits[:, np.arange(n_samples), y]) @ weight
+    losses = get_backend(own_backend).linear_loss(X, y, weight, kind)
+    found = losses(W, b)
+    np.testing.assert_allclose(found, expected, rtol=1e-5 if kind == np.float32 else 1e-12, atol=1e-12)
+    np.testing.assert_array_equal(found, [losses(W[m : m + 1], b[m : m + 1])[0] for m in range(5)])
+    # Those at the limit are computed to the end, those above it need not be.
+    limit = float(np.median(found))
+    np.testing.assert_array_equal(losses(W, b, limit), np.where(found <= limit, found, math.inf))
+
+
+def test_a_candidate_is_left_once_it_is_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = images(1700)
+    monkeypatch.setattr(importlib.import_module("knnbench.backends.numba"), "LOSS_PANELS", 1)
+    monkeypatch.setenv("KNNBENCH_THREADS", "1")
+    engine = get_backend("numba")
+    losses = engine.linear_loss(X, y, np.ones(len(X)), np.dtype(np.float32))
+    seen: list[int] = []
+    kernels = losses._kernels
+    monkeypatch.setattr(
+        losses,
+        "_kernels",
+        kernels._replace(losses=lambda *args: (seen.append(int(args[9].sum())), kernels.losses(*args))),
+    )
+    W = np.stack([np.zeros((64, 10)), np.full((64, 10), 1e-3)]).astype(np.float32)
+    W[1, :, 0] = 1.0
+    found = losses(W, np.zeros((2, 10), np.float32), 1701 * math.log(10))
+    assert found[0] == pytest.approx(1700 * math.log(10))
+    assert found[1] == math.inf
+    assert (seen[0], seen[-1]) == (2, 1)
+
+
+def test_not_finite_losses_are_infinite(own_backend: str) -> None:
+    losses = get_backend(own_backend).linear_loss(*images(40, "float32"), np.ones(40), np.dtype(np.float32))
+    W = np.zeros((3, 64, 10), np.float32)
+    W[0, 20, 3], W[1, 21, 4] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        found = losses(W, np.zeros((3, 10), np.float32))
+    assert not np.isfinite(found[:2]).any()
+    assert found[2] == pytest.approx(40 * math.log(10))
+
+
+def test_warm_start_goes_on_as_if_there_had_been_more_iterations(own_backend: str) -> None:
+    X, y = images(200)
+    whole = RandomSearchClassifier(90, 9, backend=own_backend, random_state=3).fit(X, y)
+    parts = RandomSearchClassifier(1, 9, backend=own_backend, random_state=3, warm_start=True)
+    for max_iter in (1, 2, 30, 31, 90, 90, 50):
+        parts.set_params(max_iter=max_iter, random_state=7 if max_iter > 1 else 3).fit(X, y)
+    assert same_run(whole, parts)
+    parts.set_params(warm_start=False, random_state=3).fit(X, y)
+    assert parts.n_iter_ <= 50
+
+
+def test_warm_start_after_the_patience_is_spent_changes_nothing() -> None:
+    X, y = images(100)
+    found = RandomSearchClassifier(500, 2, random_state=1, warm_start=True).fit(X, y)
+    n_iter = found.n_iter_
+    assert found.set_params(max_iter=900).fit(X, y).n_iter_ == n_iter < 500
+
+
+def test_warm_start_on_other_data_goes_on_from_their_loss() -> None:
+    X, y = images(300)
+    found = RandomSearchClassifier(20, random_state=0, warm_start=True).fit(X[:150], y[:150])
+    found.set_params(max_iter=60).fit(X[150:], y[150:])
+    assert found.loss_curve_[-1] == found.best_loss_
+    logits = X[150:] @ found.coef_.T.astype(np.float64) + found.intercept_
+    expected = (logsumexp(logits, axis=1) - logits[np.arange(150), y[150:]]).mean()
+    assert found.best_loss_ == pytest.approx(expected, rel=1e-5)
+
+
+def test_warm_start_on_data_of_another_kind_is_refused() -> None:
+    X, y = images(100)
+    found = RandomSearchClassifier(5, random_state=0, warm_start=True).fit(X, y)
+    with pytest.raises(InvalidInputError, match="the number of features of the data: 63; expected 64"):
+        found.fit(X[:, 1:], y)
+    with pytest.raises(InvalidInputError, match=r"the classes of the data: \[1, 2, 3"):
+        found.fit(X, y + 1)
+
+
+def test_weights_count_samples(own_backend: str) -> None:
+    X, y = images(200, "float64")
+    weight = np.random.default_rng(0).integers(0, 4, 200)
+    search = RandomSearchClassifier(80, backend=own_backend, random_state=0)
+    weighted = clone(search).fit(X, y, weight)
+    repeated = clone(search).fit(np.repeat(X, weight, axis=0), np.repeat(y, weight))
+    assert weighted.accepted_iterations_.tolist() == repeated.accepted_iterations_.tolist()
+    np.testing.assert_allclose(weighted.loss_curve_, repeated.loss_curve_, rtol=1e-12)
+    assert weighted.accepted_iterations_.tolist() != search.fit(X, y).accepted_iterations_.tolist()
+
+
+@pytest.mark.parametrize(
+    ("weight", "text"),
+    [
+        ([1.0, -2.0, 1.0], "sample_weight is -2 at row 1; expected at least 0"),
+        ([0, 0, 0], "at least one non-zero"),
+    ],
+)
+def test_weights_out_of_range_are_refused(weight: list[float], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        RandomSearchClassifier().fit([[1.0], [2.0], [3.0]], [0, 1, 1], weight)
+
+
+def test_ctrl_c_keeps_the_best_and_warm_start_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = images(100)
+    options: dict[str, Any] = {"max_iter": 40, "random_state": 0, "backend": "numpy", "block_size": 1}
+    whole = RandomSearchClassifier(**options).fit(X, y)
+    calls = 0
+
+    def interrupt(losses: np.ndarray) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls == 25:
+            raise KeyboardInterrupt
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{MODULE}.get_backend", lambda name: Broken(interrupt))
+        found = RandomSearchClassifier(**options, warm_start=True)
+        with pytest.raises(KeyboardInterrupt):
+            found.fit(X, y)
+    assert found.n_iter_ == 24
+    kept = whole.accepted_iterations_ < 24
+    assert found.accepted_iterations_.tolist() == whole.accepted_iterations_[kept].tolist()
+    assert found.best_loss_ == whole.loss_curve_[kept][-1]
+    assert found.predict(X[:3]).shape == (3,)
+    assert same_run(found.fit(X, y), whole)
+
+
+def test_close_losses_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = scripted(monkeypatch, [5, 4, 4 * (1 + 1e-9), 3.9, 4.0, 3.9 * (1 - 1e-9)], max_iter=6)
+    assert found.near_ties_.tolist() == [2, 5]
+    assert found.accepted_iterations_.tolist() == [0, 1, 3, 5]
+    # Of ordinary losses a few are as close, and what two dtypes may differ by covers what they do.
+    monkeypatch.undo()
+    narrow, wide = (RandomSearchClassifier(200, 200, random_state=0).fit(*images(dtype=d)) for d in ("u1", "f8"))
+    assert len(narrow.near_ties_) < 20
+    assert len(wide.near_ties_) == 0
+
+
+@pytest.mark.parametrize("block_size", [0, 2.5, "many", None])
+def test_block_sizes_out_of_range_are_refused(block_size: Any) -> None:
+    with pytest.raises(InvalidInputError, match=f"block_size is {block_size!r}; expected"):
+        RandomSearchClassifier(block_size=block_size).fit(*images(10))
+
+
+def test_auto_takes_numpy_where_numba_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_numba(name: str) -> Any:
+        if name == "numba":
+            raise BackendUnavailableError("no numba")
+        return get_backend(name)
+
+    monkeypatch.setattr(f"{MODULE}.get_backend", without_numba)
+    found = RandomSearchClassifier(20, random_state=0).fit(*images(100))
+    monkeypatch.undo()
+    assert same_run(found, RandomSearchClassifier(20, random_state=0, backend="numpy").fit(*images(100)))

@@ -1,6 +1,8 @@
 """numba on the CPU: vector instructions in tiles that fit the registers, on all cores."""
 
 import functools
+import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +13,14 @@ import numpy as np
 
 from knnbench.blocking import block_shape, chunk_rows, slices
 from knnbench.dtypes import Array
+from knnbench.kernels.cpu_linear import LinearKernels, Panels, linear_kernels
 from knnbench.kernels.cpu_rows import unit_rows
 from knnbench.kernels.cpu_tiles import Packing, TileKernels, list_room, tile_kernels
 from knnbench.metrics import Space
 from knnbench.ordering import merge_topk
 from knnbench.threads import thread_count
 
-from .base import Capabilities, HostBackend, Native, float_operations
+from .base import Capabilities, HostBackend, LinearLoss, Native, float_operations
 
 __all__ = ["NumbaBackend"]
 
@@ -41,6 +44,9 @@ CEILING_OF = {
 
 # Features of all pairs, below which a call ends before a second thread would have started.
 SMALL = 1 << 23
+
+# Panels of samples whose losses are a task: enough to hand it to a thread, few enough for all threads to end together.
+LOSS_PANELS = 32
 
 # Pairs of a block whose distances are finished while they are in the cache.
 FINISHED_PAIRS = 1 << 17
@@ -163,6 +169,10 @@ class NumbaBackend(HostBackend):
         run_tasks(task, [(rows, n) for rows in tasks.blocks for n in range(len(found))], tasks.threads)
         return functools.reduce(lambda a, b: merge_topk(a, b, k), found)
 
+    def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
+        """Return the function of `Backend.linear_loss`, which holds the samples a second time, in `Panels`."""
+        return _LinearLoss(X, y, sample_weight, dtype)
+
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return the instruction of the kernel's inner loop, where one is known to bind it."""
         if not space.is_integer:
@@ -217,6 +227,73 @@ class _Tasks:
         )
         self.queries, self.threads, self.spare = tiles * height, threads, share - fixed - tiles * per_tile
         self.blocks = list(slices(n_queries, self.queries))
+
+
+class _LinearLoss:
+    """Losses by the fused kernel.
+
+    Chunks of panels are tasks of threads. Their losses are added in the order of chunks, so that the sum is the same
+    whatever threads there are and whatever models are computed together.
+    """
+
+    def __init__(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> None:
+        self._kernels = kernels = linear_kernels(dtype)
+        n_panels = -(-len(X) // kernels.width)
+        self._chunks = list(slices(n_panels, LOSS_PANELS))
+        self._work, self._dtype = X.size, dtype
+        self._panels = packed(X, kernels)
+        # Samples past the last have no weight.
+        self._labels, self._sample_weight = (
+            np.zeros(n_panels * kernels.width, np.int64),
+            np.zeros(n_panels * kernels.width),
+        )
+        self._labels[: len(y)], self._sample_weight[: len(y)] = y, sample_weight
+
+    def __call__(self, W: Array, b: Array, limit: float = math.inf) -> Array:
+        kernels, (n_models, n_features, n_classes) = self._kernels, W.shape
+        n_tiles = -(-n_models * n_classes // kernels.height)
+        rows = np.zeros((n_tiles * kernels.height, n_features), self._dtype)
+        rows[: n_models * n_classes] = W.transpose(0, 2, 1).reshape(-1, n_features)
+        weights = np.ascontiguousarray(rows.reshape(n_tiles, kernels.height, n_features).transpose(0, 2, 1))
+        intercepts = b.astype(np.float64)
+        # The order in which running sums take chunks is that of threads, so they round otherwise than the sum.
+        stop = limit * (1 + 4 * len(self._chunks) * np.finfo(np.float64).eps)
+        sums, running, lock = np.zeros((len(self._chunks), n_models)), np.zeros(n_models), threading.Lock()
+
+        def task(number: int) -> None:
+            with lock:
+                wanted = running <= stop
+            if not wanted.any():
+                return
+            part = self._chunks[number]
+            scores = np.empty((len(rows), kernels.width), self._dtype)
+            logits, lanes = np.empty((n_classes, kernels.width)), np.empty((3 + n_models, kernels.width))
+            kernels.losses(
+                *self._panels, part.start, part.stop, self._labels, self._sample_weight, weights, intercepts, wanted,
+                scores, logits, lanes, sums[number],
+            )  # fmt: skip
+            with lock:
+                running.__iadd__(sums[number])
+
+        threads = thread_count() if self._work * len(rows) >= SMALL else 1
+        run_tasks(task, range(len(self._chunks)), threads)
+        # Not numpy's sum, which adds in an order that depends on the shape.
+        losses = np.add.accumulate(sums)[-1]
+        return np.where((running <= stop) & (losses <= limit), losses, math.inf)
+
+
+def packed(X: Array, kernels: LinearKernels) -> Panels:
+    """Return the panels of samples."""
+    n_panels = -(-len(X) // kernels.width)
+    threads = thread_count() if X.size >= SMALL else 1
+    parts = list(slices(n_panels, LOSS_PANELS))
+    kept = np.zeros((n_panels, X.shape[1]), np.bool_)
+    run_tasks(lambda part: kernels.mark(X, part.start, part.stop, kept), parts, threads)
+    starts = np.concatenate([[0], kept.sum(axis=1).cumsum()])
+    features = np.nonzero(kept)[1].astype(np.int32)
+    values = np.empty((len(features), kernels.width), X.dtype)
+    run_tasks(lambda part: kernels.fill(X, part.start, part.stop, values, features, starts), parts, threads)
+    return Panels(values, features, starts)
 
 
 def is_scaled(space: Space) -> bool:

@@ -23,7 +23,7 @@ from knnbench.errors import BackendUnavailableError
 from knnbench.metrics import METRICS, Space
 from knnbench.threads import THREADS_VARIABLE, SharedSetting, thread_count
 
-from .base import Backend, Capabilities, Native, Scan
+from .base import LOSS_ELEMENTS, Backend, Capabilities, LinearLoss, Native, Scan
 from .blockwise import CENTRE_OF_UINT8, EXACT_FEATURES, BlockCorpus, Blocks, BlockSearch
 
 __all__ = ["TorchArrays", "TorchBackend", "TorchCudaBackend"]
@@ -222,6 +222,29 @@ class TorchSearch(TorchArrays, BlockSearch):
         is_rounded = space.is_integer and not space.form.keeps_integers
         wide = ranked.to(torch.float64) if is_rounded else ranked
         return space.form.finish(self.xp, wide).to(DTYPES[space.output])
+
+    def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
+        """Return the function of `Backend.linear_loss`, with the samples on the device."""
+        samples, labels, weight = (self.to_native(array, array.dtype) for array in (X, y[:, None], sample_weight))
+        chunks = list(slices(len(X), max(1, LOSS_ELEMENTS // X.shape[1])))
+
+        def losses(W: Array, b: Array, limit: float = math.inf) -> Array:
+            totals = np.zeros(len(W))
+            with torch.inference_mode(), self.settings():
+                # Each a tensor of its own: at another alignment a product may round otherwise.
+                weights = [self.to_native(model, dtype).clone() for model in W]
+                intercepts = self.to_native(b, np.dtype(np.float64))
+                for rows in chunks:
+                    widened = samples[rows].to(DTYPES[dtype])
+                    for m in np.flatnonzero(totals <= limit):
+                        logits = (widened @ weights[m]).to(torch.float64).add_(intercepts[m])
+                        largest = logits.amax(dim=1, keepdim=True)
+                        right = torch.gather(logits, 1, labels[rows])
+                        sums = (logits - largest).exp_().sum(dim=1, keepdim=True)
+                        totals[m] += float((sums.log_().add_(largest - right)[:, 0] * weight[rows]).sum())
+            return np.where(totals <= limit, totals, math.inf)
+
+        return losses
 
     def direct_block(self, queries: Native, corpus: Native, space: Space) -> Native:
         """Return the accumulated values of all pairs.

@@ -2,26 +2,38 @@
 
 import math
 import numbers
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from knnbench.api import check_count
 from knnbench.backends import get_backend
+from knnbench.backends.base import Backend, LinearLoss
 from knnbench.blocking import chunk_rows, slices
 from knnbench.dtypes import Array, computed_dtype
-from knnbench.errors import InvalidInputError
+from knnbench.errors import BackendUnavailableError, InvalidInputError
 from knnbench.threads import limited_blas
 
 from .knn import training_data
 
 __all__ = ["RandomSearchClassifier"]
 
-# A loss is one matrix product over all samples, which numpy's BLAS does well on every machine.
-AUTO_BACKEND = "numpy"
+# Of ``backend="auto"``: the first that works here.
+AUTO_BACKENDS = ("numba", "numpy")
+
+# Candidates of one pass at the most: where improvements are rarer than one in so many, the pass itself is a small part.
+LARGEST_BLOCK = 8
+
+# What a pass over the data costs beyond its candidates, in candidates (numba on MNIST), and the iterations over which
+# the share of improvements is estimated.
+PASS_COST = 0.3
+MEMORY = 16
 
 NOTEBOOK_BATCH = 256
 
@@ -53,7 +65,15 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
     random_state : int, RandomState or None
         An int is the seed itself; otherwise a seed is drawn.
     verbose : bool
-        Whether to print each improvement: its iteration and `notebook_loss_`.
+        Whether to print each improvement: its iteration and `notebook_loss_`, the improvements a second since `fit`
+        began, and how much of the patience was left when it came.
+    warm_start : bool
+        Whether `fit` on a fitted estimator goes on where it ended, with its seed, as if `max_iter` had been larger;
+        on other data, from the loss that the best point has there.
+    block_size : int or "auto"
+        Candidates evaluated in one pass over the data. It changes the time, never the result: those behind the
+        first improvement are discarded, because the search draws the next around another point. ``"auto"`` follows
+        the share of iterations that improve.
 
     Attributes
     ----------
@@ -74,6 +94,9 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         Iterations, counted from 0, whose candidate was taken; the first is 0.
     loss_curve_ : (n_accepted,) array of float64
         Mean cross-entropy after each of `accepted_iterations_`; the last is `best_loss_`.
+    near_ties_ : (n_near_ties,) array of int64
+        Iterations whose loss was so close to the best that the rounding of another backend may have decided
+        otherwise; see Notes.
     seed_ : int
         The seed of the run; as `random_state` it repeats the run.
     n_features_in_ : int
@@ -86,16 +109,25 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
     Random numbers come from the counter-based generator Philox [1]_ on the host, keyed by (seed, counter):
     counter 0 gives the first weights and 1 + i the step of iteration i, each in float64, first the weights in
     the order (n_features, n_classes), then the intercepts. What an iteration draws therefore depends on nothing
-    that happened before it, and a run takes the same steps on every backend, as long as rounding does not
-    decide a comparison of losses. Between versions of numpy the numbers themselves may change.
+    that happened before it, and candidates can be drawn and evaluated before it is known whether they will be
+    needed. Between versions of numpy the numbers themselves may change.
 
     Weights and logits are float32 for uint8, float16 and float32 data, otherwise float64; exponentials and sums are
-    float64. An iteration takes ``2 n_samples n_features n_classes`` operations.
+    float64. An iteration takes ``2 n_samples n_features n_classes`` operations, and ends early once the part of its
+    sum that is known exceeds the best loss.
+
+    On one backend a loss is the same to the bit however many candidates share a pass, so the result does not depend
+    on `block_size`. Backends add products in different orders. With unit roundoff u of the weights, a logit is off by
+    about ``sqrt(n_features) u |x| |w|`` [2]_ (with high probability; the worst case has n_features in place of its
+    root) and a sample's loss by twice that. Where the losses of a candidate and of the best are no further apart than
+    the sum of what both may be off on two backends, the iteration is in `near_ties_`; others are decided alike on all.
 
     References
     ----------
     .. [1] J. K. Salmon, M. A. Moraes, R. O. Dror and D. E. Shaw, "Parallel random numbers: as easy as 1, 2, 3",
        SC '11, 2011.
+    .. [2] N. J. Higham and T. Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput.
+       41(5), 2019.
 
     Examples
     --------
@@ -116,6 +148,8 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         backend: str = "auto",
         random_state: Any = None,
         verbose: bool = False,
+        warm_start: bool = False,
+        block_size: int | str = "auto",
     ) -> None:
         self.max_iter = max_iter
         self.patience = patience
@@ -124,8 +158,10 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         self.backend = backend
         self.random_state = random_state
         self.verbose = verbose
+        self.warm_start = warm_start
+        self.block_size = block_size
 
-    def fit(self, X: Any, y: Any) -> Self:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Search.
 
         Parameters
@@ -133,6 +169,8 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         X : (n_samples, n_features) array_like of real numbers
         y : (n_samples,) array_like
             Labels: numbers or strings.
+        sample_weight : (n_samples,) array_like of numbers, at least 0, optional
+            What each sample counts in the mean loss; all the same if not given.
 
         Returns
         -------
@@ -142,60 +180,73 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         Raises
         ------
         InvalidInputError
-            A parameter out of range, or data so large that no candidate has a finite loss.
+            A parameter or a weight out of range, data so large that no candidate has a finite loss, or with
+            `warm_start` other classes or numbers of features than before.
         UnknownBackendError, BackendUnavailableError
             The named backend does not exist or does not work here.
         ValueError
-            X or y that scikit-learn's validation refuses: NaN, not two-dimensional, several outputs.
+            X, y or sample_weight that scikit-learn's validation refuses: NaN, not two-dimensional, several outputs.
+        KeyboardInterrupt
+            Ctrl-C; the best point so far is kept in the attributes, and `warm_start` goes on from it.
         """
         max_iter = check_count("max_iter", self.max_iter)
         patience = check_count("patience", self.patience)
         step_size = check_scale("step_size", self.step_size)
         init_scale = check_scale("init_scale", self.init_scale, may_be_zero=True)
+        block_size = None if self.block_size == "auto" else check_count("block_size", self.block_size)
         seed = check_seed(self.random_state)
-        engine = get_backend(AUTO_BACKEND if self.backend == "auto" else self.backend)
-        X, self.classes_, codes = training_data(self, X, y)
+        engine = backend_of(self.backend)
+        previous = vars(self).copy() if self.warm_start and hasattr(self, "n_iter_") else None
+        X, classes, codes = training_data(self, X, y)
         X = X.astype(computed_dtype(X.dtype), copy=False)
-        shape = X.shape[1], len(self.classes_)
+        weight = check_weights_of_samples(sample_weight, X)
+        dtype, shape = np.result_type(X.dtype, np.float32), (X.shape[1], len(classes))
+        if previous is None:
+            W = (init_scale * generator(seed, 0).standard_normal(shape)).astype(dtype)
+            search = _Search(seed, W, np.zeros(shape[1], dtype))
+        else:
+            search = _Search.continued(previous, classes, X.shape[1], dtype)
+        self.classes_ = classes
+        counted = weight > 0
+        if not counted.all():
+            X, codes, weight = X[counted], codes[counted], weight[counted]
         n_batches = math.ceil(len(X) / NOTEBOOK_BATCH)
-        dtype = np.result_type(X.dtype, np.float32)
-
-        accepted: list[int] = []
-        curve: list[float] = []
-        best, fruitless = math.inf, 0
         # An overflow ends in a loss that is not finite, which is not below any other.
         with limited_blas(), np.errstate(over="ignore", invalid="ignore"):
-            W = (init_scale * generator(seed, 0).standard_normal(shape)).astype(dtype)
-            b = np.zeros(shape[1], dtype)
-            for iteration in range(max_iter):
-                steps = generator(seed, 1 + iteration)
-                W_next = (W + step_size * steps.standard_normal(shape)).astype(dtype)
-                b_next = (b + step_size * steps.standard_normal(shape[1])).astype(dtype)
-                loss = float(engine.linear_loss(X, codes, W_next[None], b_next[None])[0]) / len(X)
-                if loss < best:
-                    W, b, best, fruitless = W_next, b_next, loss, 0
-                    accepted.append(iteration)
-                    curve.append(loss)
+            objective = _Objective.of(engine.linear_loss(X, codes, weight, dtype), X, weight)
+            if previous is not None:
+                search.best = float(objective.losses(search.W[None], search.b[None], math.inf)[0])
+            start, found = time.perf_counter(), 0
+            try:
+                for left in search.improvements(objective, step_size, max_iter, patience, block_size):
+                    found += 1
                     if self.verbose:
-                        print(f"iteration {iteration}: loss {n_batches * loss:.6g}")
-                else:
-                    fruitless += 1
-                    if fruitless == patience:
-                        break
-        if not accepted:
+                        rate = found / (time.perf_counter() - start)
+                        print(
+                            f"iteration {search.accepted[-1]}: loss {n_batches * search.best:.6g}, "
+                            f"{rate:.3g} improvements/s, patience left {left} of {patience}"
+                        )
+            finally:
+                if search.accepted:
+                    self._keep(search, n_batches)
+        if not search.accepted:
             raise InvalidInputError(
                 f"no candidate has a finite loss in {dtype}; X reaches {np.abs(X).max():.3g}: expected values small "
                 f"enough for their weighted sums; scale X or lower init_scale and step_size."
             )
-        self.coef_ = np.ascontiguousarray(W.T)
-        self.intercept_ = b
-        self.best_loss_ = best
-        self.notebook_loss_ = n_batches * best
-        self.n_iter_ = iteration + 1
-        self.accepted_iterations_ = np.array(accepted, np.int64)
-        self.loss_curve_ = np.array(curve)
-        self.seed_ = seed
         return self
+
+    def _keep(self, search: "_Search", n_batches: int) -> None:
+        """Set the attributes to what a search has found."""
+        self.coef_ = np.ascontiguousarray(search.W.T)
+        self.intercept_ = search.b
+        self.best_loss_ = search.best
+        self.notebook_loss_ = n_batches * search.best
+        self.n_iter_ = search.iteration
+        self.accepted_iterations_ = np.array(search.accepted, np.int64)
+        self.loss_curve_ = np.array(search.curve)
+        self.near_ties_ = np.array(search.near_ties, np.int64)
+        self.seed_ = search.seed
 
     def predict_proba(self, X: Any) -> Array:
         """Return the probability of each class: the softmax of the logits.
@@ -257,6 +308,175 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         # Steps of 1e-4 do not come far on data of unit variance.
         tags.classifier_tags.poor_score = True
         return tags
+
+
+@dataclass(frozen=True, slots=True)
+class _Objective:
+    """The mean loss, and what it may be off.
+
+    Attributes
+    ----------
+    summed : LinearLoss
+    total : float
+        Weight of all samples.
+    error_per_norm : float
+        What a mean loss may be off, for each unit of length of the longest vector of weights.
+    """
+
+    summed: LinearLoss
+    total: float
+    error_per_norm: float
+
+    @classmethod
+    def of(cls, summed: LinearLoss, X: Array, weight: Array) -> Self:
+        """Return the objective on some samples."""
+        total, length = float(weight.sum()), 0.0
+        for rows in slices(len(X), chunk_rows(X.shape[1])):
+            length += float(np.linalg.norm(X[rows].astype(np.float64), axis=1) @ weight[rows])
+        unit = np.finfo(np.result_type(X.dtype, np.float32)).eps / 2
+        return cls(summed, total, 2 * math.sqrt(X.shape[1]) * float(unit) * length / total)
+
+    def losses(self, W: Array, b: Array, limit: float) -> Array:
+        """Return the mean loss of each candidate, of those above the limit infinity."""
+        # The limit's own rounding must not exclude what equals it.
+        room = 1 + 4 * np.finfo(np.float64).eps
+        return np.asarray(self.summed(W, b, limit * self.total * room) / self.total)
+
+    def errors(self, W: Array) -> Array:
+        """Return what the mean loss of each model may be off."""
+        lengths: Array = np.linalg.norm(W.astype(np.float64), axis=-2).max(axis=-1)
+        return self.error_per_norm * lengths
+
+
+@dataclass(slots=True)
+class _Search:
+    """How far a search is.
+
+    Attributes
+    ----------
+    seed : int
+    W, b : (n_features, n_classes) and (n_classes,) arrays
+        The point.
+    best : float
+        Its mean loss.
+    iteration, fruitless : int
+        Iterations executed, and of the last of them those in a row without improvement.
+    accepted, curve, near_ties : list
+        What becomes the attributes of the estimator.
+    share : float
+        Of iterations that improve, the later ones counted more.
+    """
+
+    seed: int
+    W: Array
+    b: Array
+    best: float = math.inf
+    iteration: int = 0
+    fruitless: int = 0
+    accepted: list[int] = field(default_factory=list)
+    curve: list[float] = field(default_factory=list)
+    near_ties: list[int] = field(default_factory=list)
+    share: float = 0.5
+
+    @classmethod
+    def continued(cls, fitted: dict[str, Any], classes: Array, n_features: int, dtype: np.dtype[Any]) -> Self:
+        """Return the search that left these attributes, or raise `InvalidInputError` if it is not for these data."""
+        for name, given, expected in (
+            ("classes", classes.tolist(), fitted["classes_"].tolist()),
+            ("number of features", n_features, fitted["coef_"].shape[1]),
+        ):
+            if given != expected:
+                raise InvalidInputError(
+                    f"the {name} of the data: {given}; expected {expected}, as in the search that warm_start goes on "
+                    f"with; set warm_start=False to begin anew."
+                )
+        accepted = fitted["accepted_iterations_"].tolist()
+        return cls(
+            seed=fitted["seed_"],
+            W=np.ascontiguousarray(fitted["coef_"].T, dtype),
+            b=fitted["intercept_"].astype(dtype),
+            iteration=fitted["n_iter_"],
+            fruitless=fitted["n_iter_"] - 1 - accepted[-1],
+            accepted=accepted,
+            curve=fitted["loss_curve_"].tolist(),
+            near_ties=fitted["near_ties_"].tolist(),
+        )
+
+    def improvements(
+        self, objective: _Objective, step_size: float, max_iter: int, patience: int, block_size: int | None
+    ) -> Iterator[int]:
+        """Search; yield at each improvement the patience that was left, with all attributes as they are then."""
+        steps: dict[int, Array] = {}
+        n_features = len(self.W)
+        while self.iteration < max_iter and self.fruitless < patience:
+            wanted = block_size or best_block(self.share)
+            ahead = range(self.iteration, self.iteration + min(wanted, max_iter - self.iteration))
+            ahead = ahead[: patience - self.fruitless]
+            # Those drawn for candidates that were discarded are still good: they depend on the iteration alone.
+            steps = {i: steps[i] if i in steps else drawn_step(self.seed, i, self.W.shape) for i in ahead}
+            moves = step_size * np.stack(list(steps.values()))
+            W = (self.W + moves[:, :n_features]).astype(self.W.dtype)
+            b = (self.b + moves[:, n_features]).astype(self.W.dtype)
+            doubts = 2 * (objective.errors(W) + objective.errors(self.W))
+            losses = objective.losses(W, b, self.best + float(doubts.max()))
+            for candidate, (loss, doubt) in enumerate(zip(losses.tolist(), doubts.tolist(), strict=True)):
+                if abs(loss - self.best) <= doubt:
+                    self.near_ties.append(self.iteration)
+                self.iteration += 1
+                is_better = loss < self.best
+                self.share += (is_better - self.share) / MEMORY
+                if is_better:
+                    left = patience - self.fruitless
+                    self.W, self.b, self.best, self.fruitless = W[candidate], b[candidate], loss, 0
+                    self.accepted.append(self.iteration - 1)
+                    self.curve.append(loss)
+                    yield left
+                    break
+                self.fruitless += 1
+
+
+def best_block(share: float) -> int:
+    """Return how many candidates to evaluate in a pass when this share of iterations improves.
+
+    A block of B yields ``(1 - (1 - share)**B) / share`` iterations and costs ``PASS_COST + B``.
+
+    Examples
+    --------
+    >>> [best_block(share) for share in (0.5, 0.1, 0.01, 0.0)]
+    [1, 2, 8, 8]
+    """
+    yields = [sum((1 - share) ** i for i in range(size)) for size in range(1, LARGEST_BLOCK + 1)]
+    return 1 + int(np.argmax([gain / (PASS_COST + size) for size, gain in enumerate(yields, 1)]))
+
+
+def drawn_step(seed: int, iteration: int, shape: tuple[int, ...]) -> Array:
+    """Return the step of an iteration before it is scaled: a row for each feature, and last the intercepts'."""
+    return generator(seed, 1 + iteration).standard_normal((shape[0] + 1, shape[1]))
+
+
+def backend_of(name: str) -> Backend:
+    """Return the backend of this name; of ``"auto"`` the first of `AUTO_BACKENDS` that works."""
+    if name != "auto":
+        return get_backend(name)
+    for choice in AUTO_BACKENDS[:-1]:
+        try:
+            return get_backend(choice)
+        except BackendUnavailableError:
+            continue
+    return get_backend(AUTO_BACKENDS[-1])
+
+
+def check_weights_of_samples(sample_weight: Any, X: Array) -> Array:
+    """Return the weights of samples in float64, or raise if they are not one for each, at least 0, some above."""
+    weight: Array = _check_sample_weight(sample_weight, X, dtype=np.float64)
+    if (weight < 0).any():
+        raise InvalidInputError(
+            f"sample_weight is {weight.min():.6g} at row {weight.argmin()}; expected at least 0, which leaves a sample "
+            f"out."
+        )
+    if not weight.any():  # older versions of scikit-learn let this pass
+        raise InvalidInputError("sample_weight is 0 for every sample; expected at least one non-zero number.")
+    return weight
 
 
 def generator(seed: int, counter: int) -> np.random.Generator:

@@ -42,16 +42,20 @@ from knnbench.kernels.cpu_simd import (
 
 __all__ = [
     "KEYS",
+    "array_data",
     "column_dtype",
     "configure_matrix_unit",
     "emit_loop",
+    "intrinsic",
     "matrix_instruction",
     "matrix_sums",
     "move",
     "move_square",
+    "place_at",
     "release_matrix_unit",
     "row_values",
     "set_up",
+    "splat",
     "tear_down",
     "tile",
     "tile_sums",
@@ -63,18 +67,18 @@ cgutils: Any = untyped_cgutils
 intrinsic: Callable[..., Callable[[Any], Any]] = untyped_intrinsic
 
 
-def _data(context: Any, builder: Builder, kind: Any, array: Any) -> Any:
+def array_data(context: Any, builder: Builder, kind: Any, array: Any) -> Any:
     """Return the address of an array's first byte."""
     data = cgutils.create_struct_proxy(kind)(context, builder, array).data
     return builder.bitcast(data, BYTE.as_pointer())
 
 
-def _at(builder: Builder, base: Any, offset: Any, kind: Any) -> Any:
+def place_at(builder: Builder, base: Any, offset: Any, kind: Any) -> Any:
     """Return the address so many bytes after another, of a value of `kind`."""
     return builder.bitcast(builder.gep(base, [offset]), kind.as_pointer())
 
 
-def _splat(builder: Builder, value: Any, lanes: int) -> Any:
+def splat(builder: Builder, value: Any, lanes: int) -> Any:
     """Emit a vector of equal lanes."""
     vector = ir.VectorType(value.type, lanes)
     none = ir.Constant(vector, ir.Undefined)
@@ -89,7 +93,7 @@ def _load(builder: Builder, vectors: Vectors, base: Any, at: Any, count: int) ->
     """Emit a load of `count` features from where they are stored, as elements."""
     operation = vectors.operation
     stored, element = TYPES[operation.stored], TYPES[operation.element]
-    address = _at(
+    address = place_at(
         builder, base, builder.mul(at, INT64(np.dtype(operation.stored).itemsize)), ir.VectorType(stored, count)
     )
     value = builder.load(address, align=1)
@@ -125,14 +129,14 @@ def move(
     operation = form.operation
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Any:
-        source, target = (_data(context, builder, signature.args[i], args[i]) for i in (3, 5))
+        source, target = (array_data(context, builder, signature.args[i], args[i]) for i in (3, 5))
         value = _load(builder, form, source, args[4], n)
         if operation.centred and centred:
             value = builder.xor(value, constant(value.type, CENTRE))
         size = np.dtype(operation.element).itemsize
         # A whole group lies where its lane does.
         align = n * size if n == operation.group else size
-        builder.store(value, _at(builder, target, builder.mul(args[6], INT64(size)), value.type), align=align)
+        builder.store(value, place_at(builder, target, builder.mul(args[6], INT64(size)), value.type), align=align)
         return context.get_dummy_value()
 
     return types.void(vectors, count, is_query, source, types.int64, target, types.int64), generate
@@ -187,7 +191,7 @@ def move_square(
     has_centre = not isinstance(centre, types.NoneType)
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Any:
-        source, target = (_data(context, builder, signature.args[i], args[i]) for i in (1, 4))
+        source, target = (array_data(context, builder, signature.args[i], args[i]) for i in (1, 4))
         element_bytes = np.dtype(operation.element).itemsize
         unit = ir.IntType(8 * element_bytes * operation.group)
         rows = [
@@ -195,19 +199,19 @@ def move_square(
             for r in range(size)
         ]
         if has_centre:
-            base = _data(context, builder, signature.args[7], args[7])
-            address = _at(builder, base, builder.mul(args[8], INT64(element_bytes)), rows[0].type)
+            base = array_data(context, builder, signature.args[7], args[7])
+            address = place_at(builder, base, builder.mul(args[8], INT64(element_bytes)), rows[0].type)
             middle = builder.load(address, align=element_bytes)
             rows = [builder.fsub(value, middle) for value in rows]
         units = ir.VectorType(unit, size)
         columns = _transposed(builder, [builder.bitcast(value, units) for value in rows])
         for g, column in enumerate(columns):
             place = builder.add(args[5], builder.mul(args[6], INT64(g)))
-            address = _at(builder, target, builder.mul(place, INT64(element_bytes)), units)
+            address = place_at(builder, target, builder.mul(place, INT64(element_bytes)), units)
             builder.store(column, address, align=element_bytes)
         if has_centre:
-            base = _data(context, builder, signature.args[9], args[9])
-            address = _at(builder, base, builder.mul(args[10], INT64(element_bytes)), rows[0].type)
+            base = array_data(context, builder, signature.args[9], args[9])
+            address = place_at(builder, base, builder.mul(args[10], INT64(element_bytes)), rows[0].type)
             total = builder.load(address, align=element_bytes)
             for column in columns:
                 values = builder.bitcast(column, rows[0].type)
@@ -288,11 +292,11 @@ def tile_sums(builder: Builder, form: Vectors, queries: Any, panel: Any, n_group
     def step(group: Any, accs: list[Any]) -> list[Any]:
         at = builder.mul(group, INT64(n_vectors * form.width))
         places = [builder.add(at, INT64(v * form.width)) for v in range(n_vectors)]
-        corpus = [builder.load(_at(builder, panel, place, form.elements), align=form.width) for place in places]
+        corpus = [builder.load(place_at(builder, panel, place, form.elements), align=form.width) for place in places]
         at, following = builder.mul(group, INT64(n_queries * unit_bytes)), []
         for i in range(n_queries):
-            address = _at(builder, queries, builder.add(at, INT64(i * unit_bytes)), unit)
-            query = _splat(builder, builder.load(address, align=unit_bytes), form.lanes)
+            address = place_at(builder, queries, builder.add(at, INT64(i * unit_bytes)), unit)
+            query = splat(builder, builder.load(address, align=unit_bytes), form.lanes)
             query = builder.bitcast(query, form.elements)
             own = accs[i * n_vectors : (i + 1) * n_vectors]
             following += [form.step(builder, acc, query, rows) for acc, rows in zip(own, corpus, strict=True)]
@@ -343,21 +347,21 @@ def matrix_sums(builder: Builder, form: Vectors, queries: Any, panel: Any, n_gro
                     row = builder.add(builder.mul(block, INT64(height)), i)
                     at = builder.add(builder.mul(row, INT64(form.width)), builder.mul(group, INT64(4)))
                     wide = ir.VectorType(INT32, form.width)
-                    query = _splat(builder, builder.load(_at(builder, queries, at, INT32), align=4), form.lanes)
+                    query = splat(builder, builder.load(place_at(builder, queries, at, INT32), align=4), form.lanes)
                     query = builder.zext(builder.bitcast(query, form.elements), wide)
                     at = builder.add(builder.mul(number, INT64(n_vectors * form.width)), INT64(v * form.width))
-                    column = builder.load(_at(builder, panel, at, form.elements), align=form.width)
+                    column = builder.load(place_at(builder, panel, at, form.elements), align=form.width)
                     products = builder.mul(query, builder.zext(column, wide))
                     return [builder.add(accs[0], groups_summed(builder, products, 4))]
 
                 (acc,) = emit_loop(builder, n_groups, [ir.Constant(form.accumulators, None)], product)
                 at = builder.mul(builder.add(builder.mul(i, INT64(n_vectors)), INT64(v)), INT64(form.width))
-                builder.store(acc, _at(builder, out, at, acc.type), align=form.width)
+                builder.store(acc, place_at(builder, out, at, acc.type), align=form.width)
             return []
 
         emit_loop(builder, INT64(height), [], pair)
     return [
-        builder.load(_at(builder, out, INT64(number * form.width), form.accumulators), align=form.width)
+        builder.load(place_at(builder, out, INT64(number * form.width), form.accumulators), align=form.width)
         for number in range(height * n_vectors)
     ]
 
@@ -464,7 +468,7 @@ def tile(
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Any:
         queries, panel, columns, shifts, limits, out, hits = (
-            _data(context, builder, signature.args[i], args[i]) for i in (2, 4, 6, 7, 8, 10, 11)
+            array_data(context, builder, signature.args[i], args[i]) for i in (2, 4, 6, 7, 8, 10, 11)
         )
         first, n_groups = args[3], args[5]
         queries = builder.gep(queries, [builder.mul(builder.mul(first, n_groups), INT64(unit_bytes))])
@@ -476,19 +480,19 @@ def tile(
         if operation.centred:
             vector = form.accumulators
             added = [
-                builder.load(_at(builder, shifts, INT64(v * form.width), vector), align=form.width)
+                builder.load(place_at(builder, shifts, INT64(v * form.width), vector), align=form.width)
                 for v in range(n_vectors)
             ]
             accs = [builder.add(acc, added[v]) for acc, (_, v) in zip(accs, pairs, strict=True)]
 
         vector, below = ir.VectorType(key_type, form.lanes), []
         numbers = [
-            builder.load(_at(builder, columns, INT64(v * key_bytes * form.lanes), vector), align=key_bytes)
+            builder.load(place_at(builder, columns, INT64(v * key_bytes * form.lanes), vector), align=key_bytes)
             for v in range(n_vectors)
         ]
         for i in range(n_queries):
             at = builder.mul(builder.add(first, INT64(i)), INT64(key_bytes))
-            limit = _splat(builder, builder.load(_at(builder, limits, at, key_type), align=key_bytes), form.lanes)
+            limit = splat(builder, builder.load(place_at(builder, limits, at, key_type), align=key_bytes), form.lanes)
             keys = [key_of(builder, accs[i * n_vectors + v], numbers[v]) for v in range(n_vectors)]
             below.append([form.less(builder, key, limit) for key in keys])
         bit = ir.IntType(1)
@@ -497,12 +501,12 @@ def tile(
         some = builder.or_(some, builder.icmp_signed("!=", args[9], INT64(0)))
         with builder.if_then(some, likely=False):
             for number, acc in enumerate([] if operation.is_matrix else accs):
-                builder.store(acc, _at(builder, out, INT64(number * form.width), acc.type), align=form.width)
+                builder.store(acc, place_at(builder, out, INT64(number * form.width), acc.type), align=form.width)
             for i, parts in enumerate(below):
                 words = [builder.zext(builder.bitcast(part, ir.IntType(form.lanes)), INT64) for part in parts]
                 words = [builder.shl(word, INT64(v * form.lanes)) for v, word in enumerate(words)]
                 word = functools.reduce(builder.or_, words)
-                builder.store(word, _at(builder, hits, INT64(8 * i), INT64))
+                builder.store(word, place_at(builder, hits, INT64(8 * i), INT64))
         return some
 
     arguments = (
@@ -548,7 +552,7 @@ def row_values(
     form, n_others = vectors_named(vectors.literal_value), count.literal_value
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Any:
-        one, others, out = (_data(context, builder, signature.args[k], args[k]) for k in (2, 4, 7))
+        one, others, out = (array_data(context, builder, signature.args[k], args[k]) for k in (2, 4, 7))
         n, whole = args[6], INT64(form.features)
         rows = [(one, builder.mul(args[3], n))]
         rows += [(others, builder.mul(builder.add(args[5], INT64(k)), n)) for k in range(n_others)]
@@ -568,7 +572,7 @@ def row_values(
             # The last vector of a row, of which those elements count that no vector before it held: nothing past the
             # row is read, which may be the end of memory.
             lane = ir.VectorType(INT32, form.features)
-            past = _splat(builder, builder.trunc(builder.sub(whole, rest), INT32), form.features)
+            past = splat(builder, builder.trunc(builder.sub(whole, rest), INT32), form.features)
             counts = builder.icmp_signed(">=", ir.Constant(lane, [INT32(e) for e in range(form.features)]), past)
             nothing = ir.Constant(form.elements, None)
             values = [builder.select(counts, value, nothing) for value in loaded(builder.sub(n, whole))]
@@ -578,7 +582,7 @@ def row_values(
             total.add_incoming(acc, before)
             total.add_incoming(later, inside)
             place = INT64(number * form.width // form.lanes)
-            builder.store(_across(builder, form, total), _at(builder, out, place, acc.type.element))
+            builder.store(_across(builder, form, total), place_at(builder, out, place, acc.type.element))
         return context.get_dummy_value()
 
     return types.void(vectors, count, one, types.int64, others, types.int64, types.int64, out), generate
