@@ -267,12 +267,12 @@ def reproduce(
     backends: Backends = "",
     every: Annotated[bool, typer.Option("--all", help="All own backends that take less than an hour.")] = False,
     threads: Threads = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random search.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The first of ten of the random search.")] = 0,
     search: Annotated[bool, typer.Option(help="Whether to run the random search too.")] = True,
 ) -> None:
     """Do again what the notebook did on MNIST that knnbench grew out of, and show both results."""
     from knnbench.measure.process import WorkerEnded
-    from knnbench.measure.reproduction import NOTEBOOK, classify, random_search
+    from knnbench.measure.reproduction import NOTEBOOK, SEARCH_SEEDS, classify, random_search
     from knnbench.report.reproduction import ClassificationRow, reproduction_table, search_table
 
     datasets.load("mnist", n_train=1, n_test=1)  # says how to get it
@@ -284,7 +284,7 @@ def reproduce(
         names = [_fastest()]
     count = threads or thread_count()
     rows: list[ClassificationRow] = []
-    found: dict[str, float] | None = None
+    found: list[dict[str, float]] = []
     search_reason = ""
     interrupted = False
     with _bar() as bar:
@@ -301,16 +301,18 @@ def reproduce(
                     except WorkerEnded as ended:
                         row.reason, row.failed = str(ended), True
             if search:
-                bar.add_task("random search", total=None)
+                task = bar.add_task("random search", total=SEARCH_SEEDS)
                 try:
-                    found = next(random_search(seed, count))
-                except (WorkerEnded, StopIteration) as ended:
-                    search_reason = str(ended) or "the process ended before its answer"
+                    for result in random_search(range(seed, seed + SEARCH_SEEDS), count):
+                        found.append(result)
+                        bar.update(task, completed=len(found))
+                except WorkerEnded as ended:
+                    search_reason = str(ended)
         except KeyboardInterrupt:
             interrupted = True
     out.print(reproduction_table(rows, count), "")
-    if found is not None:
-        out.print(search_table(found, seed))
+    if found:
+        out.print(search_table(found))
     if search_reason:
         err.print(f"random search: {search_reason}", style="red", markup=False)
     if interrupted:

@@ -401,3 +401,33 @@ def test_reproduce_says_why_a_backend_did_not_finish(invoke, classified):
     assert code == cli.FAILED
     assert "28 hours" in shown
     assert "exit code 1" in shown
+
+
+def test_reproduce_shows_ten_searches_beside_the_notebook(invoke, classified, monkeypatch):
+    classified({metric: [complete(metric)] for metric in NOTEBOOK})
+
+    def random_search(seeds, threads):
+        for seed in seeds:
+            yield {"seed": seed, "loss": 300.0 + 20 * seed, "accuracy": 0.5, "iterations": 700 + seed, "seconds": 1.0}
+
+    monkeypatch.setattr(reproduction, "random_search", random_search)
+    code, shown, _ = invoke("reproduce", "--backends", "numpy", "--seed", "3")
+    assert code == 0
+    for text in ("383.48", "52.55%", "seed 3 ", "seed 12", "360.00 to 540.00", "703 to 712"):
+        assert text in shown
+    (verdict,) = (line for line in shown.splitlines() if "the notebook is" in line)
+    assert [word for word in verdict.split() if "side" in word] == ["inside", "outside", "outside"]
+
+
+def test_reproduce_says_why_the_search_ended(invoke, classified, monkeypatch):
+    classified({metric: [complete(metric)] for metric in NOTEBOOK})
+
+    def random_search(seeds, threads):
+        yield {"seed": 0, "loss": 300.0, "accuracy": 0.5, "iterations": 700, "seconds": 1.0}
+        raise WorkerEnded("crashed", "exit code 1")
+
+    monkeypatch.setattr(reproduction, "random_search", random_search)
+    code, shown, errors = invoke("reproduce", "--backends", "numpy")
+    assert code == cli.FAILED
+    assert "300.00" in shown
+    assert "exit code 1" in errors

@@ -1,6 +1,6 @@
 """The notebook's results beside ours."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -8,7 +8,7 @@ from rich.table import Table
 from knnbench.measure.reproduction import FIRST_IMAGES, NOTEBOOK, NOTEBOOK_SEARCH, Progress
 from knnbench.report.table import format_seconds
 
-__all__ = ["ClassificationRow", "reproduction_table", "search_table"]
+__all__ = ["ClassificationRow", "outside_spread", "reproduction_table", "search_table"]
 
 N_TEST = 10_000
 
@@ -109,18 +109,42 @@ def _cells(row: ClassificationRow) -> list[str]:
     ]
 
 
-def search_table(found: dict[str, float], seed: int) -> Table:
-    """Return the result of the random search beside the notebook's, which drew other numbers."""
+def search_table(runs: Sequence[Mapping[str, float]]) -> Table:
+    """Return the runs of the random search beside the notebook's, which drew other numbers, and their spread."""
     table = Table(title="Random search for a linear classifier on MNIST", title_justify="left", title_style="bold")
     table.add_column("who", no_wrap=True)
     for heading in ("summed loss", "test accuracy", "iterations", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for who, result in (("notebook", NOTEBOOK_SEARCH), (f"knnbench, seed {seed}", found)):
-        table.add_row(
-            who,
-            f"{result['loss']:.2f}",
-            f"{result['accuracy']:.2%}",
-            f"{result['iterations']:.0f}",
-            format_seconds(result["seconds"]) if "seconds" in result else "",
-        )
+    table.add_row("notebook", *_search_cells(NOTEBOOK_SEARCH), style="dim")
+    for run in runs:
+        table.add_row(f"knnbench, seed {run['seed']:.0f}", *_search_cells(run))
+    table.add_section()
+    ends = [{name: end(run[name] for run in runs) for name in NOTEBOOK_SEARCH} for end in (min, max)]
+    spread = [" to ".join(cells) for cells in zip(*map(_search_cells, ends), strict=True)][: len(NOTEBOOK_SEARCH)]
+    table.add_row("spread", *spread, "")
+    inside = ["inside" if name not in outside_spread(runs) else "outside" for name in NOTEBOOK_SEARCH]
+    table.add_row("the notebook is", *inside, "", style="red" if "outside" in inside else "")
     return table
+
+
+def outside_spread(runs: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return which of the notebook's figures lie outside those of some runs.
+
+    Examples
+    --------
+    >>> run = {"loss": 330.0, "accuracy": 0.5, "iterations": 400}
+    >>> runs = [run, {"loss": 480.0, "accuracy": 0.6, "iterations": 500}]
+    >>> outside_spread(runs)
+    ['iterations']
+    """
+    ends = {name: (min(run[name] for run in runs), max(run[name] for run in runs)) for name in NOTEBOOK_SEARCH}
+    return [name for name, theirs in NOTEBOOK_SEARCH.items() if not ends[name][0] <= theirs <= ends[name][1]]
+
+
+def _search_cells(run: Mapping[str, float]) -> list[str]:
+    return [
+        f"{run['loss']:.2f}",
+        f"{run['accuracy']:.2%}",
+        f"{run['iterations']:.0f}",
+        format_seconds(run["seconds"]) if "seconds" in run else "",
+    ]
