@@ -21,6 +21,7 @@ from types import FunctionType
 from typing import Any, cast
 
 import numba
+import numpy as np
 import platformdirs
 from numba.core import serialize
 
@@ -128,7 +129,7 @@ def described(value: Any) -> Any:
         constants += [(name, known[name]) for name in code.co_names if isinstance(known.get(name, known), PLAIN)]
         cells = [(name, described(cell)) for name, cell in _closure(value).items()]
         return value.__module__, code.co_qualname, code.co_firstlineno, code.co_code, constants, cells
-    if isinstance(value, (*PLAIN, numba.types.Type)):
+    if isinstance(value, (*PLAIN, numba.types.Type, np.dtype)):
         return repr(value)
     raise TypeError(f"a kernel that is kept on disk closes over {value!r}")
 
