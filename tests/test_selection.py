@@ -316,6 +316,16 @@ def test_one_odd_measurement_does_not_move_the_terms():
     assert exact.predict(asked[15]).seconds == pytest.approx(seconds[15], rel=0.2)
 
 
+def test_small_shapes_do_not_make_large_ones_look_free():
+    asked = [Problem("knn", n, 100, 2, 1, "euclidean", "float32") for n in (1, 2, 3, 5, 8, 13, 21)]
+    seconds = np.full(len(asked), 1e-4)
+    large = replace(asked[0], n_queries=10_000, n_corpus=10_000, n_features=1000)
+    best_rate = asked[-1].work / 1e-4
+    terms = fit_terms("call", asked, seconds)
+    assert terms[5] * large.work == pytest.approx(large.work / best_rate / 4)
+    assert fit_terms("call", asked[-2:], seconds[-2:])[5] == pytest.approx(1 / best_rate)
+
+
 def test_predictions_are_sure_only_near_what_was_measured():
     samples = samples_of("numpy", 3e-10)
     asked, seconds = [s.problem for s in samples], np.array([s.seconds["call"] for s in samples])

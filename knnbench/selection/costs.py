@@ -39,8 +39,10 @@ TERMS: dict[str, dict[str, Callable[[Problem], float]]] = {"call": _CALL, "prepa
 QUANTITIES = tuple(TERMS)
 
 # From so many measurements on, terms are fitted. Fewer cannot tell one term from another: all is laid to the one that
-# grows the most, so that a small shape does not make a large one look cheap.
+# grows the most, so that a small shape does not make a large one look cheap. Of the measurement with the best rate, at
+# least this share is laid to it in any case: no shape that was measured may have shown it.
 ENOUGH = 6
+LEAST_SHARE = 1 / 4
 DOMINANT = {"call": "pair feature", "prepared": "pair feature", "prepare": "corpus feature"}
 
 # Decades of a size over which a deviation from the terms is believed to be the same.
@@ -81,17 +83,20 @@ def fit_terms(quantity: str, problems: list[Problem], seconds: Array) -> list[fl
 
     # Divided by what was measured: a microsecond counts on a small shape as a second does on a large one.
     matrix = _terms(quantity, problems) / seconds[:, None]
+    is_dominant = np.array([name == DOMINANT[quantity] for name in TERMS[quantity]])
+    dominant = is_dominant / matrix[:, is_dominant].max()
     if len(seconds) < ENOUGH:
-        is_dominant = np.array([name == DOMINANT[quantity] for name in TERMS[quantity]])
-        return [float(cost) for cost in is_dominant / np.median(matrix[:, is_dominant])]
+        return [float(cost) for cost in dominant]
+    least = LEAST_SHARE * dominant
+    goal = 1 - matrix @ least
     scale = matrix.max(axis=0)
     scale[scale == 0] = 1.0
     weights = np.ones(len(seconds))
     for _ in range(FITS):
-        costs, _ = nnls(matrix / scale * weights[:, None], weights)
-        off = matrix / scale @ costs - 1
+        costs, _ = nnls(matrix / scale * weights[:, None], goal * weights)
+        off = matrix / scale @ costs - goal
         weights = 1 / np.sqrt(1 + (off / ODD) ** 2)
-    return [float(cost) for cost in costs / scale]
+    return [float(cost) for cost in costs / scale + least]
 
 
 class Cost:
