@@ -271,53 +271,81 @@ def _measured(
 ) -> tuple[list[str], dict[str, str], dict[str, list[float]]]:
     """Measure what may be the fastest, in turns; return what is left, what failed, and seconds on the whole shape."""
     known = {name: _prediction(name, problem, calls) for name in names if wisdom().costs((name, *problem.group))}
-    least = min((prediction.seconds for prediction in known.values()), default=math.inf)
-    rivals = [n for n in names if n not in known or known[n].interval()[0] <= HOPELESS * least or seconds == math.inf]
-    sliced = _slice(problem, min(known.values(), key=lambda p: p.seconds) if known else None, calls, seconds)
-    searches: dict[str, Search] = {}
-    failed: dict[str, str] = {}
-    times: dict[str, list[float]] = {}
-    begin = clock()
-    for name in sorted(rivals, key=lambda name: known[name].seconds if name in known else math.inf):
-        if searches and clock() - begin > seconds / 2:
-            break  # what is left has its estimate
-        try:
-            was_started = is_started(name, sliced)
-            search = Search(name, sliced, clock)
-            first = search.call()
-        except Exception as error:  # whatever a library raises: it cannot be the fastest
-            failed[name] = f"failed as it was measured: {type(error).__name__}: {error}"
-            continue
-        times[name] = [first] if was_started else []
-        begin += 0.0 if was_started else first  # starting is not measuring
-        searches[name] = search
-    going = list(searches)
-    for _ in range(ROUNDS):
-        for name in going:
-            if clock() - begin > seconds and all(times[n] for n in going):
-                break
-            times[name].append(searches[name].call())
-        else:
-            medians = {name: float(np.median(times[name])) for name in going}
-            ahead = sorted(going, key=lambda name: medians[name])
-            half = ahead[: -(-len(ahead) // 2)]
-            close = [name for name in ahead if medians[name] <= (1 + 2 * ALIKE) * medians[ahead[0]]]
-            if seconds < math.inf:
-                going = [name for name in ahead if name in half or name in close]
-            continue
-        break
-    samples = [Sample(n, backend_version(n), sliced, {"call": float(np.median(t))}) for n, t in times.items() if t]
-    if math.isinf(seconds) or calls > 1:
+    least = min(known.values(), key=lambda prediction: prediction.seconds, default=None)
+    rivals = [
+        name for name in names
+        if math.isinf(seconds) or name not in known or not least
+        or known[name].interval()[0] <= HOPELESS * least.seconds
+    ]  # fmt: skip
+    rivals.sort(key=lambda name: known[name].seconds if name in known else math.inf)
+    sliced = _slice(problem, least, calls, seconds)
+    race = _Race(sliced, seconds, clock)
+    race.start(rivals)
+    race.run()
+    samples = [
+        Sample(name, backend_version(name), sliced, {"call": float(np.median(times))})
+        for name, times in race.times.items() if times
+    ]  # fmt: skip
+    if math.isinf(seconds) or calls > 1:  # preparing pays, or is asked for
         samples = [measure(s.backend, sliced, seconds=min(0.5, seconds / 8), clock=clock) for s in samples]
     wisdom().add(samples)
     forget_choices()
     on_whole = {}
-    for sample in samples:
-        costs = wisdom().costs((sample.backend, *problem.group))
-        if calls == 1 and costs:
-            scale = costs["call"].predict(problem).seconds / costs["call"].predict(sliced).seconds
-            on_whole[sample.backend] = [scale * t for t in times[sample.backend]]
-    return [name for name in names if name not in failed], failed, on_whole
+    for sample in samples if calls == 1 else ():
+        cost = wisdom().costs((sample.backend, *problem.group))["call"]
+        scale = cost.predict(problem).seconds / cost.predict(sliced).seconds
+        on_whole[sample.backend] = [scale * t for t in race.times[sample.backend]]
+    return [name for name in names if name not in race.failed], race.failed, on_whole
+
+
+class _Race:
+    """Backends that are measured in turns, of which the slower half is left out after each round.
+
+    Attributes
+    ----------
+    times : dict of str to list of float
+        Seconds of the calls of each backend; of one that was started now, not those of the first.
+    failed : dict of str to str
+        What could not compute, and why.
+    """
+
+    def __init__(self, problem: Problem, seconds: float, clock: Clock) -> None:
+        self.times: dict[str, list[float]] = {}
+        self.failed: dict[str, str] = {}
+        self._problem, self._seconds, self._clock = problem, seconds, clock
+        self._searches: dict[str, Search] = {}
+        self._end = clock() + seconds
+
+    def start(self, names: list[str]) -> None:
+        """Call each backend once, while half of the time is left; what is not reached has its estimate."""
+        for name in names:
+            if self._searches and self._clock() > self._end - self._seconds / 2:
+                return
+            was_started = is_started(name, self._problem)
+            try:
+                search = Search(name, self._problem, self._clock)
+                first = search.call()
+            except Exception as error:  # whatever a library raises: it cannot be the fastest
+                self.failed[name] = f"failed as it was measured: {type(error).__name__}: {error}"
+                continue
+            self._searches[name] = search
+            self.times[name] = [first] if was_started else []
+            self._end += 0.0 if was_started else first  # starting is no measuring
+
+    def run(self) -> None:
+        """Measure in rounds until the time is spent; each backend is measured once at the least."""
+        going = list(self._searches)
+        for _ in range(ROUNDS):
+            for name in going:
+                if self._clock() > self._end and all(self.times[other] for other in going):
+                    return
+                self.times[name].append(self._searches[name].call())
+            medians = {name: float(np.median(self.times[name])) for name in going}
+            ahead = sorted(going, key=lambda name: medians[name])
+            if self._seconds < math.inf:
+                alike = (1 + 2 * ALIKE) * min(medians.values(), default=0.0)
+                half = -(-len(ahead) // 2)
+                going = [name for i, name in enumerate(ahead) if i < half or medians[name] <= alike]
 
 
 def _slice(problem: Problem, best: Prediction | None, calls: int, seconds: float) -> Problem:
