@@ -24,7 +24,7 @@ from knnbench import datasets
 from knnbench.api import check_k
 from knnbench.backends import backends as backend_statuses
 from knnbench.backends import registry
-from knnbench.cli_selection import add_commands
+from knnbench.cli_selection import INTERRUPTED, add_commands
 from knnbench.dtypes import COMPUTED
 from knnbench.errors import DatasetError, InvalidInputError, KnnbenchError, UnknownBackendError
 from knnbench.measure import OPS, Case, Journal, Plan, make_cases, measure
@@ -48,7 +48,6 @@ DEFAULT_METRICS = "cityblock,euclidean"
 DEFAULT_TIME_S = 45.0
 FAILED = 1
 INVALID = 2
-INTERRUPTED = 130
 
 # Cells that say nothing against a backend, unless it was asked for by name.
 HARMLESS = ("ok", "absent", "unsupported")

@@ -13,11 +13,13 @@ from knnbench.errors import InvalidInputError
 from knnbench.selection.choice import Choice, fastest_backend
 from knnbench.selection.wisdom import wisdom, wisdom_path
 
-__all__ = ["add_commands"]
+__all__ = ["INTERRUPTED", "add_commands"]
 
 wisdom_app = typer.Typer(
     no_args_is_help=True, help="What was measured on this machine, from which backends are chosen."
 )
+
+INTERRUPTED = 130
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -81,8 +83,12 @@ def calibrate(
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=err) as bar:
         task = bar.add_task("starting", total=1.0)
-        for progress in measure_all(level, names):
-            bar.update(task, description=progress.what, completed=progress.done)
+        try:
+            for progress in measure_all(level, names):
+                bar.update(task, description=progress.what, completed=progress.done)
+        except KeyboardInterrupt:
+            err.print("interrupted; what was measured is kept", style="yellow")
+            raise typer.Exit(INTERRUPTED) from None
     out.print(f"wisdom is in {wisdom_path()}", soft_wrap=True, markup=False)
 
 

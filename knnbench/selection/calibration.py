@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from knnbench.backends import backend_status, registry
+from knnbench.backends import backend_status, get_backend, registry
 from knnbench.measure.timer import settle
 
 from .auto import forget_choices
-from .candidates import errors_of, lacks
+from .candidates import errors_of
 from .measurement import Clock, measure
 from .problem import Problem
 from .wisdom import Sample, wisdom
@@ -109,42 +109,47 @@ def calibrate(
     Progress
     """
     names = [name for name in backends or registry() if backend_status(name).ok]
-    kinds = [(op, metric, dtype) for op in ("knn", "pairwise") for dtype in DTYPES for metric in METRICS]
-    plan = {"knn": shapes("knn", level.n_shapes, seed=1), "pairwise": shapes("pairwise", level.n_shapes // 2, seed=1)}
     last: dict[tuple[str, ...], Sample] = {}
-    spent, done, total = 0.0, 0, len(names) * 2
-    for share in (slice(0, None, 2), slice(1, None, 2)):  # the second half sees another hour of a shared machine
+    spent, done = 0.0, 0.0
+    for half in (0, 1):  # the second sees another minute of a shared machine
         for name in names:
-            allowed = level.seconds * (done + 1) / total
-            done += 1
+            begun, done = done, done + 1 / (2 * len(names))
             samples = []
-            for op, metric, dtype in kinds:
-                capabilities = backend_status(name).capabilities
-                for size in plan[op][share]:
-                    problem = Problem(op, *size, metric, dtype)
-                    if spent > allowed or capabilities is None or lacks(capabilities, problem.space, "fast"):
-                        break
+            try:
+                for problem in _problems(name, level.n_shapes, half):
                     before = last.get((name, *problem.group))
+                    if spent > done * level.seconds:
+                        break
                     if _is_too_large(problem, before, level.longest_s):
-                        break
+                        continue
                     begin = clock()
-                    try:
-                        sample = measure(name, problem, seconds=level.sample_s, clock=clock)
-                    except MemoryError:
-                        break
-                    samples.append(sample)
-                    last[(name, *problem.group)] = sample
+                    sample = measure(name, problem, seconds=level.sample_s, clock=clock)
                     spent += clock() - begin - sample.start  # starting, which compiles, is no measuring
-                    yield Progress(f"{name}: {problem}", min(1.0, max(spent / level.seconds, (done - 1) / total)))
-            wisdom().add(samples, fit=share.start == 1)
+                    samples.append(sample)
+                    last[sample.group] = sample
+                    yield Progress(f"{name}: {problem}", max(begun, min(done, spent / level.seconds)))
+            finally:  # after Ctrl-C too
+                wisdom().add(samples, fit=half == 1)
             settle()
     for name in names:
-        for metric in METRICS:
-            for dtype in DTYPES:
-                capabilities = backend_status(name).capabilities
-                if capabilities and metric in capabilities.metrics and dtype in capabilities.dtypes:
-                    errors_of(name, metric, dtype)
+        for metric, dtype in _kinds(name):
+            errors_of(name, metric, dtype)
     forget_choices()
+
+
+def _kinds(name: str) -> list[tuple[str, str]]:
+    """Return the metrics and dtypes that a backend has."""
+    capabilities = get_backend(name).capabilities
+    has = capabilities.metrics.__contains__, capabilities.dtypes.__contains__
+    return [(metric, dtype) for dtype in filter(has[1], DTYPES) for metric in filter(has[0], METRICS)]
+
+
+def _problems(name: str, n_shapes: int, half: int) -> Iterator[Problem]:
+    """Return every second problem of a backend, of each kind those of least work first."""
+    for op, count in (("knn", n_shapes), ("pairwise", n_shapes // 2)):
+        sizes = shapes(op, count, seed=1)[half::2]
+        for metric, dtype in _kinds(name):
+            yield from (Problem(op, *size, metric, dtype) for size in sizes)
 
 
 def _is_too_large(problem: Problem, before: Sample | None, longest_s: float) -> bool:
