@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 
 from knnbench.backends import registry, version_of
 from knnbench.threads import thread_count
@@ -114,6 +113,8 @@ def machine_key() -> str:
 
 def wisdom_path() -> Path:
     """Return the file of this machine's wisdom."""
+    import platformdirs
+
     cache = os.environ.get("KNNBENCH_CACHE") or platformdirs.user_cache_path("knnbench")
     return Path(os.environ.get(WISDOM_VARIABLE) or Path(cache) / "wisdom") / f"{machine_key()}.jsonl"
 
