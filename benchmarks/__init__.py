@@ -5,6 +5,7 @@ or a machine lacks is n/a, with the reason in ``asv run --show-stderr``; a wrong
 """
 
 import os
+import sys
 
 # Read by each library once, when it is loaded: so before anything here imports numpy.
 POOLS = (
@@ -16,6 +17,8 @@ POOLS = (
     "NUMBA_NUM_THREADS",
 )
 
-# asv does not pass on its matrix to an existing environment (--python=same).
-THREADS = os.environ.get("KNNBENCH_THREADS") or "1"
-os.environ.update(dict.fromkeys(("KNNBENCH_THREADS", *POOLS), THREADS))
+# asv does not pass on its matrix to an existing environment (--python=same). A command, such as
+# ``python -m benchmarks.kernels``, takes all CPUs like any other program.
+THREADS = os.environ.get("KNNBENCH_THREADS") or ("1" if "asv_runner" in sys.modules else "")
+if THREADS:
+    os.environ.update(dict.fromkeys(("KNNBENCH_THREADS", *POOLS), THREADS))

@@ -6,6 +6,7 @@ appended to a file, by the same runner as ``knnbench run``: a case that its file
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from knnbench.results import Record, append_record, read_records
 
 BACKEND = "numba"
 PEERS = ("faiss", "sklearn")
+
+# Of the table where no terminal says its own.
+WIDTH = 132
 
 PLANE = {"n_train": 10_000, "n_test": 10_000, "n_features": 2}
 
@@ -71,7 +75,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("kernels.jsonl"), help="records, read and appended to")
     parser.add_argument("--time", type=float, default=10.0, help="seconds for each backend on each case")
     given = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     plan = Plan((BACKEND, *PEERS), cases(), case_s=given.time, twins=False)
     records = read_records(given.output) if given.output.exists() else []
     with Progress(console=Console(stderr=True)) as progress:
@@ -83,8 +87,10 @@ def main() -> None:
                     append_record(given.output, record)
                     records.append(record)
     ceilings = Ceilings(plan.threads)
-    table = Table("case", "ms a query", *(f"x {name}" for name in PEERS), "limit", "answers")
-    table.columns[0].no_wrap = True
+    threads = f"{plan.threads} thread{'s' if plan.threads != 1 else ''}"
+    table = Table("case", "ms a query", *(f"x {name}" for name in PEERS), "limit", "answers", title=threads)
+    for column in table.columns:
+        column.no_wrap = True
     for row in rows(plan.cases, records, ceilings):
         table.add_row(*row)
     console.print(table)

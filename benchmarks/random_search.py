@@ -1,8 +1,7 @@
 """The random search beside the loops it replaces, in turns, on MNIST.
 
-Run it as ``KNNBENCH_THREADS=2 python -m benchmarks.random_search`` (benchmarks take one thread if not told otherwise)
-from a checkout with MNIST there (``knnbench data fetch mnist``) and torch; it takes about a minute. Before anything is
-timed, all three must give the same loss.
+Run it as ``python -m benchmarks.random_search`` from a checkout with MNIST there (``knnbench data fetch mnist``) and
+torch; it takes about a minute. Before anything is timed, all three must give the same loss.
 """
 
 import argparse

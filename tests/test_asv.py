@@ -269,18 +269,23 @@ def test_the_configuration_fits_the_repository():
         assert f"/{Path(CONF[key]).parts[0]}/" in ignored
 
 
-def test_threads_are_pinned_before_numpy_is_loaded(monkeypatch):
+@pytest.mark.parametrize(
+    ("runner", "given", "expected"),
+    [("asv_runner", "", "1"), ("asv_runner", "3", "3"), ("json", "", "None"), ("json", "3", "3")],
+)
+def test_threads_are_pinned_before_numpy_is_loaded(runner, given, expected, monkeypatch):
     assert sys.modules["benchmarks"].POOLS == POOL_VARIABLES
     script = (
-        "import os, sys; import benchmarks; assert 'numpy' not in sys.modules; "
-        "print(*{os.environ[name] for name in (*benchmarks.POOLS, 'KNNBENCH_THREADS')})"
+        f"import os, sys; sys.modules.setdefault({runner!r}, sys); import benchmarks; "
+        "assert 'numpy' not in sys.modules; "
+        "print(*{os.environ.get(name) for name in (*benchmarks.POOLS, 'KNNBENCH_THREADS')})"
     )
-    for given, expected in ((None, "1"), ("3", "3")):
-        monkeypatch.delenv("KNNBENCH_THREADS", raising=False)
-        if given:
-            monkeypatch.setenv("KNNBENCH_THREADS", given)
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert done.stdout.split() == [expected]
+    for name in (*POOL_VARIABLES, "KNNBENCH_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv("KNNBENCH_THREADS", given)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected]
 
 
 # --- what is wrong fails, what is absent does not ----------------------------------------------------------

@@ -28,6 +28,10 @@ __all__ = ["NumbaBackend"]
 # that the last task of a call, for which the other threads wait, is short.
 TASK_QUERIES = 480
 
+# From so many blocks of queries on, the corpus is packed once for all of them, and not by each: fewer do not make up for
+# the memory, which has to be written and read.
+SHARED_BLOCKS = 4
+
 # Up to so many queries, corpus rows are compared as they lie: packing a row takes as long as comparing it with a few.
 FEW_QUERIES = 4
 
@@ -98,14 +102,9 @@ class NumbaBackend(HostBackend):
 
     def keep(self, prepared: TileCorpus, space: Space, budget: int) -> TileCorpus:
         """Return the rows with panels of them all, packed for the kernels that most searches take."""
-        rows = prepared.rows
-        kernels = tile_kernels(space, filtered=_is_filtered(space, 1, len(rows)))
-        if kernels.packing_bytes(len(rows), space.n_features) > budget:
-            return prepared
-        packing = kernels.packing(len(rows), space.n_features, prepared.centre if kernels.plan.is_filter else None)
-        parts = list(slices(len(packing.panels), chunk_rows(packing.panels.shape[1])))
-        run_tasks(lambda part: kernels.pack(rows, part.start, part.stop, *packing), parts, thread_count())
-        return TileCorpus(rows, packing, kernels)
+        kernels = tile_kernels(space, filtered=_is_filtered(space, 1, len(prepared)))
+        fits = kernels.packing_bytes(len(prepared), space.n_features) <= budget
+        return packed_corpus(prepared, kernels) if fits else prepared
 
     def pairwise(self, queries: Native, prepared: TileCorpus, space: Space, budget: int) -> Native:
         """Return all distances."""
@@ -138,9 +137,12 @@ class NumbaBackend(HostBackend):
         n_queries, n_corpus = len(queries), len(prepared)
         direct = tile_kernels(space)
         filtering = tile_kernels(space, filtered=True) if _is_filtered(space, k, n_corpus) else None
-        tasks = _Tasks(
-            filtering or direct, space, n_queries, n_corpus, budget, k=k, per_query=16 * list_room(k, n_corpus)
-        )
+        kernels, per_query = filtering or direct, 16 * list_room(k, n_corpus)
+        tasks = _Tasks(kernels, space, n_queries, n_corpus, budget, k=k, per_query=per_query)
+        packing_bytes = kernels.packing_bytes(n_corpus, space.n_features)
+        if len(tasks.blocks) >= SHARED_BLOCKS and not prepared.packed(kernels) and packing_bytes <= budget // 2:
+            prepared = packed_corpus(prepared, kernels)
+            tasks = _Tasks(kernels, space, n_queries, n_corpus, budget - packing_bytes, k=k, per_query=per_query)
         in_rows = n_queries <= FEW_QUERIES and space.n_features >= direct.plan.rows.features
         shapes = [(n_queries, min(k, part.stop - part.start)) for part in tasks.parts]
         found = [(np.empty(shape, space.ranked), np.empty(shape, np.int64)) for shape in shapes]
@@ -280,6 +282,15 @@ class _LinearLoss:
         # Not numpy's sum, which adds in an order that depends on the shape.
         losses = np.add.accumulate(sums)[-1]
         return np.where((running <= stop) & (losses <= limit), losses, math.inf)
+
+
+def packed_corpus(prepared: TileCorpus, kernels: TileKernels) -> TileCorpus:
+    """Return rows with panels of them all, packed for some kernels."""
+    rows, n_features = prepared.rows, prepared.rows.shape[1]
+    packing = kernels.packing(len(rows), n_features, prepared.centre if kernels.plan.is_filter else None)
+    parts = list(slices(len(packing.panels), chunk_rows(packing.panels.shape[1])))
+    run_tasks(lambda part: kernels.pack(rows, part.start, part.stop, *packing), parts, thread_count())
+    return TileCorpus(rows, packing, kernels)
 
 
 def packed(X: Array, kernels: LinearKernels) -> Panels:
