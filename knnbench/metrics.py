@@ -290,6 +290,21 @@ class Space:
         """
         return (self.n_features + 8) * float(np.finfo(self.dtype).eps)
 
+    @property
+    def larger_error(self) -> float:
+        """The declared error of ``2 sum(max(q, c)) - sum(q) - sum(c)`` on floats, as a factor of ``|q|_1 + |c|_1``.
+
+        With u = eps / 2, a sum of n terms is off by at most ``n u`` times the sum of their absolute values in any order
+        [1]_: the three sums, of which one is doubled, together by ``3 n u (|q|_1 + |c|_1)``; their combination and
+        subtracting the centre add at most ``6 u (|q|_1 + |c|_1)``. The direct form that this is compared with may be
+        off by ``(n + 2) u`` times the distance. Together less than ``(2 n + 16) eps (|q|_1 + |c|_1)``.
+
+        References
+        ----------
+        .. [1] N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., SIAM 2002, section 4.2.
+        """
+        return (2 * self.n_features + 16) * float(np.finfo(self.dtype).eps)
+
     def operations(self, dtype: str, *, product: bool) -> dict[str, float]:
         """Return the operations that one feature of one pair takes at the least, computed in `dtype`.
 

@@ -1,4 +1,5 @@
-"""The error that the float Gram form declares is never exceeded, against exact arithmetic.
+"""The errors that filters of floats declare are never exceeded, against exact arithmetic: that of the Gram form, and
+that of the sum of the larger.
 
 Floats are integers after scaling by a power of two, so the reference is computed in Python's own integers.
 """
@@ -75,6 +76,49 @@ def test_the_declared_error_is_never_exceeded(kind, n_features, dtype, rng):
             error = abs(Fraction(float(got[i, j])) - Fraction(exact[i][j], 1 << 2 * bits))
             underflow = 4 * n_features * Fraction(float(np.finfo(dtype).smallest_subnormal))
             assert error <= Fraction(float(allowed[i, j])) + underflow, (i, j, float(error), allowed[i, j])
+
+
+def in_turn(values):
+    """Return the sums over the last axis, one term after the other, in the values' dtype."""
+    return np.add.accumulate(values, axis=-1)[..., -1]
+
+
+def larger_form(queries, corpus, centre):
+    """Return sum(|q - c|) by the larger of each two, of centred rows, and the sums of absolute values."""
+    q, c = queries - centre, corpus - centre
+    sums = 2 * in_turn(np.maximum(q[:, None], c[None])) - in_turn(c)[None]
+    # What a key is compared with, a sum of three, is rounded as often as this.
+    return sums - in_turn(q)[:, None], [in_turn(abs(rows).astype(np.float64)) for rows in (q, c)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_features", [1, 2, 3, 17, 128, 2000])
+def test_the_error_of_the_larger_form_is_never_exceeded(kind, n_features, dtype, rng):
+    queries, corpus = adversarial(kind, n_features, dtype, rng)
+    space = Space(METRICS["cityblock"], np.dtype(dtype), n_features)
+    got, norms = larger_form(queries, corpus, corpus.mean(axis=0, dtype=np.float64).astype(dtype))
+    bits = 149 if dtype == "float32" else 1074
+    exact = [
+        [sum(abs(a - b) for a, b in zip(q, c, strict=True)) for c in whole(corpus, bits)] for q in whole(queries, bits)
+    ]
+    for i in range(N_QUERIES):
+        for j in range(N_CORPUS):
+            error = abs(Fraction(float(got[i, j])) - Fraction(exact[i][j], 1 << bits))
+            allowed = space.larger_error * (norms[0][i] + norms[1][j])
+            assert error <= Fraction(allowed), (i, j, float(error), allowed)
+
+
+def test_a_larger_error_is_found():
+    # All roundings go the same way: far more than a hundredth of what is declared.
+    n_features = 20_000
+    queries, corpus = np.full((1, n_features), 0.1, np.float32), np.full((1, n_features), 0.3, np.float32)
+    space = Space(METRICS["cityblock"], queries.dtype, n_features)
+    got, norms = larger_form(queries, corpus, np.zeros(n_features, np.float32))
+    (q,), (c,) = whole(queries[:, :1], 149)[0], whole(corpus[:, :1], 149)[0]
+    error = abs(Fraction(float(got[0, 0])) - Fraction(n_features * abs(q - c), 1 << 149))
+    allowed = space.larger_error * (norms[0][0] + norms[1][0])
+    assert Fraction(allowed) / 100 < error <= Fraction(allowed)
 
 
 @pytest.mark.parametrize("name", WITH_GRAM)

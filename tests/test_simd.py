@@ -29,7 +29,7 @@ from knnbench.kernels.cpu_simd import (
     simd_level,
     vectors_of,
 )
-from knnbench.kernels.cpu_tiles import NARROW_PRODUCTS, OPERATION_OF, Plan, compiled_kernels, plan_of
+from knnbench.kernels.cpu_tiles import NARROW_PRODUCTS, OPERATION_OF, Plan, compiled_kernels, filter_of, plan_of
 from knnbench.metrics import METRICS, Space
 
 from ._checks import assert_identical
@@ -205,9 +205,9 @@ def test_what_centring_takes_away_is_given_back(rng, monkeypatch):
 # --- the filter of floats
 
 
-def filtered(queries, corpus, k, centre, error):
+def filtered(queries, corpus, k, metric, centre, error):
     """Return at which row the filtering kernel stopped, and the lists if it did not."""
-    space = Space(METRICS["sqeuclidean"], queries.dtype, queries.shape[1])
+    space = Space(METRICS[metric], queries.dtype, queries.shape[1])
     kernels = compiled_kernels(plan_of(space, simd_level(), cpu_features(), filtered=True), space)
     work = kernels.workspace(len(queries), space.n_features, centre)
     values, indices = np.empty((len(queries), k), space.ranked), np.empty((len(queries), k), np.int64)
@@ -217,43 +217,55 @@ def filtered(queries, corpus, k, centre, error):
     return stop, values, indices
 
 
-def far_apart(rng, dtype):
-    """Return rows whose squared distances differ by less than the filter's rounding, far from the centre given."""
-    corpus = (1000 + rng.normal(size=(4000, 64)) * 1e-2).astype(dtype)
+def declared(metric, dtype, n_features):
+    space = Space(METRICS[metric], np.dtype(dtype), n_features)
+    return filter_of(space).error(space)
+
+
+def far_apart(rng, dtype, spread=1e-2):
+    """Return rows whose distances differ by less than the filter's rounding, far from the centre given."""
+    corpus = (1000 + rng.normal(size=(4000, 64)) * spread).astype(dtype)
     return corpus[:5] + dtype(1e-3), corpus
 
 
+FILTERED = ["sqeuclidean", "cityblock"]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_filter_loses_no_neighbour(dtype, rng):
-    space = Space(METRICS["sqeuclidean"], np.dtype(dtype), 64)
+@pytest.mark.parametrize("metric", FILTERED)
+def test_the_filter_loses_no_neighbour(metric, dtype, rng):
     ordinary = rng.normal(size=(9, 64)).astype(dtype), rng.normal(size=(4000, 64)).astype(dtype)
     for queries, corpus in (far_apart(rng, dtype), ordinary):
         centre = corpus.mean(axis=0, dtype=np.float64).astype(dtype)
-        stop, values, indices = filtered(queries, corpus, 3, centre, space.gram_error)
+        stop, values, indices = filtered(queries, corpus, 3, metric, centre, declared(metric, dtype, 64))
         assert stop == len(corpus)
-        distances = expected(queries, corpus, "sqeuclidean", 3)[0]
+        distances = expected(queries, corpus, metric, 3)[0]
         best = np.sort(distances, axis=1)[:, :3]
         assert (values <= best * (1 + 80 * np.finfo(dtype).eps)).all()
         assert np.abs(np.take_along_axis(distances, indices, axis=1) - values).max() <= 1e-5 * values.max()
 
 
-def test_without_its_error_the_filter_would_lose_neighbours(rng):
-    queries, corpus = far_apart(rng, np.float32)
-    stop, values, _ = filtered(queries, corpus, 3, np.zeros(64, np.float32), 0.0)
-    best = np.sort(expected(queries, corpus, "sqeuclidean", 3)[0], axis=1)[:, :3]
-    assert stop < len(corpus) or (values > 1.01 * best).any()
+@pytest.mark.parametrize("metric", FILTERED)
+def test_without_its_error_the_filter_would_lose_neighbours(metric, rng):
+    queries, corpus = far_apart(rng, np.float32, 1e-3)
+    stop, values, _ = filtered(queries, corpus, 3, metric, np.zeros(64, np.float32), 0.0)
+    best = np.sort(expected(queries, corpus, metric, 3)[0], axis=1)[:, :3]
+    assert stop < len(corpus) or (values > 1.001 * best).any()
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e19])
-def test_a_filter_that_is_of_no_use_stops(scale, rng):
+@pytest.mark.parametrize("metric", FILTERED)
+@pytest.mark.parametrize("scale", [1.0, 1e19, 1e32])
+def test_a_filter_that_is_of_no_use_stops(scale, metric, rng):
     # Far from the centre given, the error exceeds all distances; or norms overflow.
+    if scale == 1e32 and metric == "sqeuclidean":
+        pytest.skip("the distances overflow too")
     corpus = ((1000 + rng.normal(size=(20_000, 64)) * 1e-3) * scale).astype(np.float32)
     queries = corpus[:8].copy()
-    space = Space(METRICS["sqeuclidean"], np.dtype(np.float32), 64)
-    stop, _, _ = filtered(queries, corpus, 3, np.zeros(64, np.float32), space.gram_error)
+    error = declared(metric, np.float32, 64)
+    stop, _, _ = filtered(queries, corpus, 3, metric, np.zeros(64, np.float32), error)
     assert stop < len(corpus)
     # The search as a whole goes on by the direct form.
-    assert (knn(queries, corpus, 1, "sqeuclidean", backend="numba").distances == 0).all()
+    assert (knn(queries, corpus, 1, metric, backend="numba").distances == 0).all()
 
 
 # --- machine code for CPUs that are not here
@@ -315,7 +327,8 @@ def uses_stack(lines):
     return any(re.search(r"\(%rsp|\(%rbp|\[sp\b", line) for line in lines)
 
 
-FLOATS = ["absolute-float32", "square-float32", "product-float32", "largest-float32", "product-float64"]
+FLOATS = ["absolute-float32", "square-float32", "larger-float32", "product-float32", "largest-float32"]
+FLOATS += ["product-float64", "largest-float64"]
 IN_REGISTERS = [(operation, cpu) for operation in [*FLOATS, "largest-uint8"] for cpu in CPUS]
 IN_REGISTERS += [(operation, cpu) for operation in INSTRUCTIONS for cpu in ("avx2", "avx-vnni", "avx512", "vnni")]
 

@@ -15,12 +15,12 @@ from knnbench.blocking import block_shape, chunk_rows, slices
 from knnbench.dtypes import Array
 from knnbench.kernels.cpu_linear import LinearKernels, Panels, linear_kernels
 from knnbench.kernels.cpu_rows import unit_rows
-from knnbench.kernels.cpu_tiles import Packing, TileKernels, list_room, tile_kernels
+from knnbench.kernels.cpu_tiles import Filter, Packing, TileKernels, filter_of, list_room, tile_kernels
 from knnbench.metrics import Space
 from knnbench.ordering import merge_topk
 from knnbench.threads import thread_count
 
-from .base import Capabilities, HostBackend, LinearLoss, Native, float_operations
+from .base import Capabilities, HostBackend, LinearLoss, Native
 
 __all__ = ["NumbaBackend"]
 
@@ -28,23 +28,27 @@ __all__ = ["NumbaBackend"]
 # that the last task of a call, for which the other threads wait, is short.
 TASK_QUERIES = 480
 
-# From so many blocks of queries on, the corpus is packed once for all of them, and not by each: fewer do not make up for
-# the memory, which has to be written and read.
+# From so many blocks of queries on, the corpus is packed once for all of them, and not by each: fewer do not make up
+# for the memory, which has to be written and read.
 SHARED_BLOCKS = 4
 
 # Up to so many queries, corpus rows are compared as they lie: packing a row takes as long as comparing it with a few.
 FEW_QUERIES = 4
 
-# From so many features on, products filter squared distances of floats; below, the direct form is as fast (measured).
+# From so many features on, distances of floats are filtered; below, the direct form is as fast (measured).
 FILTERED_FEATURES = 32
 
-# The ceiling that an operation's instruction has in `knnbench.measure.ceilings`.
-CEILING_OF = {
-    "absolute-uint8": "sad-uint8",
-    "product-int16": "madd-int16",
-    "product-uint8": "dot-uint8",
-    "product-uint8-matrix": "matrix-uint8",
+# What a feature of a pair takes of the ceilings of `knnbench.measure.ceilings`, by operation.
+CEILINGS_OF: dict[str, dict[str, float]] = {
+    "absolute-uint8": {"sad-uint8": 1},
+    "product-int16": {"madd-int16": 1},
+    "product-uint8": {"dot-uint8": 1},
+    "product-uint8-matrix": {"matrix-uint8": 1},
 }
+for _dtype in ("float32", "float64"):
+    CEILINGS_OF[f"product-{_dtype}"] = CEILINGS_OF[f"larger-{_dtype}"] = {f"fma-{_dtype}": 1}
+    CEILINGS_OF[f"absolute-{_dtype}"] = CEILINGS_OF[f"square-{_dtype}"] = {f"add-{_dtype}": 1, f"fma-{_dtype}": 1}
+    CEILINGS_OF[f"largest-{_dtype}"] = {f"add-{_dtype}": 1}
 
 # Features of all pairs, below which a call ends before a second thread would have started.
 SMALL = 1 << 23
@@ -102,7 +106,7 @@ class NumbaBackend(HostBackend):
 
     def keep(self, prepared: TileCorpus, space: Space, budget: int) -> TileCorpus:
         """Return the rows with panels of them all, packed for the kernels that most searches take."""
-        kernels = tile_kernels(space, filtered=_is_filtered(space, 1, len(prepared)))
+        kernels = tile_kernels(space, filtered=_filter(space, 1, len(prepared)) is not None)
         fits = kernels.packing_bytes(len(prepared), space.n_features) <= budget
         return packed_corpus(prepared, kernels) if fits else prepared
 
@@ -136,7 +140,9 @@ class NumbaBackend(HostBackend):
         """Return the k nearest."""
         n_queries, n_corpus = len(queries), len(prepared)
         direct = tile_kernels(space)
-        filtering = tile_kernels(space, filtered=True) if _is_filtered(space, k, n_corpus) else None
+        found_filter = _filter(space, k, n_corpus)
+        filtering = tile_kernels(space, filtered=True) if found_filter else None
+        error = found_filter.error(space) if found_filter else 0.0
         kernels, per_query = filtering or direct, 16 * list_room(k, n_corpus)
         tasks = _Tasks(kernels, space, n_queries, n_corpus, budget, k=k, per_query=per_query)
         packing_bytes = kernels.packing_bytes(n_corpus, space.n_features)
@@ -160,9 +166,7 @@ class NumbaBackend(HostBackend):
                 panels = prepared.packed(filtering)
                 centre = prepared.centre if panels is None else None
                 filtered = filtering.workspace(len(block), space.n_features, centre, panels)
-                start = filtering.knn(
-                    block, prepared.rows, first, start, stop, space.gram_error, *filtered, kept, *lists
-                )
+                start = filtering.knn(block, prepared.rows, first, start, stop, error, *filtered, kept, *lists)
             if start < stop:
                 direct.knn(block, prepared.rows, first, start, stop, 0.0, *work, kept, *lists)
             ranked, nearest = found[number]
@@ -177,16 +181,13 @@ class NumbaBackend(HostBackend):
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return the instruction of the kernel's inner loop, where one is known to bind it."""
-        if not space.is_integer:
-            return float_operations("cpu", space, product=op == "knn" and _is_filtered(space, 1, 8))
-        ceiling = CEILING_OF.get(tile_kernels(space).plan.panels.operation.name)
-        return {ceiling: 1.0} if ceiling else {}
+        is_filtered = op == "knn" and _filter(space, 1, 8) is not None
+        return CEILINGS_OF.get(tile_kernels(space, filtered=is_filtered).plan.panels.operation.name, {})
 
 
-def _is_filtered(space: Space, k: int, n_corpus: int) -> bool:
-    """Return whether squared distances are filtered by products: not if most rows are wanted anyway."""
-    has_product = not space.is_integer and space.form.from_dot is not None
-    return has_product and space.n_features >= FILTERED_FEATURES and 8 * k <= n_corpus
+def _filter(space: Space, k: int, n_corpus: int) -> Filter | None:
+    """Return what filters distances, if anything does: not if most rows are wanted anyway."""
+    return filter_of(space) if space.n_features >= FILTERED_FEATURES and 8 * k <= n_corpus else None
 
 
 class _Tasks:

@@ -258,12 +258,17 @@ def _value_of_gram(builder: Builder, acc: Any, column: Any) -> Any:
     return builder.sub(column, builder.add(acc, acc))
 
 
+def _value_of_larger(builder: Builder, acc: Any, column: Any) -> Any:
+    """Emit 2 sum(max(q, c)) - sum(c), which is sum(|q - c|) and sum(q)."""
+    return builder.fsub(builder.fadd(acc, acc), column)
+
+
 def _value_of_cosine(builder: Builder, acc: Any, column: Any) -> Any:
     """Emit -q.c / |c|; the column is -1 / |c|."""
     return builder.fmul(builder.sitofp(acc, column.type), column)
 
 
-KEYS = {"value": _value_itself, "gram": _value_of_gram, "cosine": _value_of_cosine}
+KEYS = {"value": _value_itself, "gram": _value_of_gram, "larger": _value_of_larger, "cosine": _value_of_cosine}
 
 
 def column_dtype(key: str, accumulator: str) -> str:

@@ -15,6 +15,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,10 @@ _ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"})
 
+# What tells Zen 4, which takes vectors of 64 bytes in two halves, from CPUs that do not. There, few sums of 32 bytes
+# keep two kinds of units busier than many of 64 do (measured: 56 against 44 G/s of sums of the larger).
+_HALVING, _WHOLE = frozenset({"avx512f", "sse4a"}), "avxvnni"
+
 # From the best to the one that every CPU has.
 LEVELS: dict[str, Level] = {
     level.name: level
@@ -204,10 +209,21 @@ def constant(vector: Any, value: float) -> Any:
     return ir.Constant(vector, [ir.Constant(vector.element, value)] * vector.count)
 
 
-def difference_of_floats(builder: Builder, queries: Any, corpus: Any) -> Any:
-    """Emit |q - c|."""
-    difference = builder.fsub(queries, corpus)
-    return call(builder, f"llvm.fabs.{_on(difference.type)}", difference.type, difference)
+def absolute_of_floats(builder: Builder, values: Any) -> Any:
+    """Emit |v|."""
+    return call(builder, f"llvm.fabs.{_on(values.type)}", values.type, values)
+
+
+def multiplied_by_one(builder: Builder, values: Any, other: Any, sign: float = 1.0) -> Any:
+    """Emit other + v, or other - v, as a fused multiply-add: the same number, from another unit of the processor."""
+    # Kept from the compiler, which would make an addition of it.
+    one = call(builder, f"llvm.arithmetic.fence.{_on(values.type)}", values.type, constant(values.type, sign))
+    return call(builder, f"llvm.fma.{_on(values.type)}", values.type, values, one, other)
+
+
+def larger_of_floats(builder: Builder, a: Any, b: Any) -> Any:
+    """Emit the larger, as one instruction of x86: the second where they cannot be compared."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
 def multiply_add(builder: Builder, a: Any, b: Any, acc: Any) -> Any:
@@ -217,7 +233,14 @@ def multiply_add(builder: Builder, a: Any, b: Any, acc: Any) -> Any:
 
 def add_absolute_floats(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
     """Add |q - c|."""
-    return builder.fadd(acc, difference_of_floats(builder, queries, corpus))
+    distance = absolute_of_floats(builder, builder.fsub(queries, corpus))
+    return multiplied_by_one(builder, distance, acc) if vectors.instruction else builder.fadd(acc, distance)
+
+
+def add_larger_floats(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Add the larger of q and c."""
+    larger = larger_of_floats(builder, queries, corpus)
+    return multiplied_by_one(builder, larger, acc) if vectors.instruction else builder.fadd(acc, larger)
 
 
 def add_square_floats(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
@@ -233,8 +256,14 @@ def add_product_floats(vectors: "Vectors", builder: Builder, acc: Any, queries: 
 
 def keep_largest_floats(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
     """Keep the larger of what there is and |q - c|."""
-    difference = difference_of_floats(builder, queries, corpus)
-    return builder.select(builder.fcmp_ordered(">", acc, difference), acc, difference)
+    if not vectors.instruction:
+        return larger_of_floats(builder, acc, absolute_of_floats(builder, builder.fsub(queries, corpus)))
+    difference = multiplied_by_one(builder, corpus, queries, sign=-1.0)
+    if vectors.instruction == FUSED:
+        return larger_of_floats(builder, acc, absolute_of_floats(builder, difference))
+    # VRANGEPS, VRANGEPD: the larger of two absolute values, without its sign.
+    mask = ir.IntType(max(8, vectors.lanes))(-1)
+    return call(builder, vectors.instruction, acc.type, acc, difference, INT32(0b1011), acc, mask, INT32(4))
 
 
 def difference_of_bytes(builder: Builder, queries: Any, corpus: Any) -> Any:
@@ -340,6 +369,8 @@ class Operation:
         Whether lanes are combined by the larger of them, otherwise by their sum.
     is_light : bool
         Whether `step` needs no register for values between, or hides them behind few of its instructions.
+    is_balanced : bool
+        Whether `step` keeps two kinds of units of a processor busy.
     centred : bool
         Whether `CENTRE` is taken away from the queries, so that bytes become signed.
     is_matrix : bool
@@ -355,14 +386,27 @@ class Operation:
     instructions: Mapping[int, tuple[str, str]] = field(compare=False)
     is_largest: bool = False
     is_light: bool = False
+    is_balanced: bool = False
     centred: bool = False
     is_matrix: bool = False
 
 
-def _floats(name: str, step: Callable[..., Any], **options: Any) -> list[Operation]:
-    dtypes = ("float32", "float64")
-    return [Operation(f"{name}-{dtype}", dtype, dtype, 1, dtype, step, {}, **options) for dtype in dtypes]
+def _floats(
+    name: str, step: Callable[..., Any], instructions: Mapping[str, Any] = MappingProxyType({}), **options: Any
+) -> list[Operation]:
+    return [
+        Operation(f"{name}-{dtype}", dtype, dtype, 1, dtype, step, instructions.get(dtype, {}), **options)
+        for dtype in ("float32", "float64")
+    ]
 
+
+# Where additions and multiply-adds have units of their own, half of a sum of distances is left to each.
+FUSED = "llvm.fma"
+_FUSED = {dtype: {32: (FUSED, "fma"), 64: (FUSED, "avx512f")} for dtype in ("float32", "float64")}
+_RANGE = {
+    dtype: {32: (FUSED, "fma"), 64: (f"llvm.x86.avx512.mask.range.{suffix}.512", "avx512dq")}
+    for dtype, suffix in (("float32", "ps"), ("float64", "pd"))
+}
 
 _SAD = {32: ("llvm.x86.avx2.psad.bw", "avx2"), 64: ("llvm.x86.avx512.psad.bw.512", "avx512bw")}
 _MADD = {32: ("llvm.x86.avx2.pmadd.wd", "avx2"), 64: ("llvm.x86.avx512.pmaddw.d.512", "avx512bw")}
@@ -372,10 +416,11 @@ _AMX = {64: ("llvm.x86.tdpbuud", "amx-int8")}
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
-        *_floats("absolute", add_absolute_floats),
-        *_floats("square", add_square_floats),
+        *_floats("absolute", add_absolute_floats, _FUSED, is_balanced=True),
+        *_floats("square", add_square_floats, is_balanced=True),
+        *_floats("larger", add_larger_floats, _FUSED, is_balanced=True),
         *_floats("product", add_product_floats, is_light=True),
-        *_floats("largest", keep_largest_floats, is_largest=True),
+        *_floats("largest", keep_largest_floats, _RANGE, is_largest=True),
         Operation("absolute-uint8", "uint8", "uint8", 8, "int64", add_absolute_bytes, _SAD, is_light=True),
         Operation("largest-uint8", "uint8", "uint8", 1, "uint8", keep_largest_bytes, {}, is_largest=True),
         Operation("square-int16", "uint8", "int16", 2, "int32", add_square_pairs, _MADD),
@@ -431,7 +476,7 @@ class Vectors:
         """
         if self.operation.is_matrix:
             return 2 * MATRIX_ROWS, 2
-        light = self.operation.is_light
+        light = self.operation.is_light or (self.width == 64 and is_float(self.elements))
         queries, vectors = ((8, 3) if light else (8, 2)) if self.registers == 32 else ((6, 2) if light else (4, 2))
         # A bit for each row of a panel says whether it is of interest.
         return queries, min(vectors, 64 // self.lanes)
@@ -492,6 +537,8 @@ def vectors_of(name: str, level: Level, features: frozenset[str] | None = None) 
     features : frozenset of str, optional
     """
     present = cpu_features() if features is None else features
+    if level.width == 64 and OPERATIONS[name].is_balanced and present >= _HALVING and _WHOLE not in present:
+        level = LEVELS["avx2"]
     instruction, needs = OPERATIONS[name].instructions.get(level.width, ("", ""))
     if needs not in present:
         instruction = ""

@@ -8,7 +8,11 @@ smaller. No matrix of distances is written.
 Squared distances are ranked by ``|c|^2 - 2 q.c``, a product. On uint8 that is exact. On floats it is a filter: its
 declared error (`Space.gram_error`) is added to the limit, and what passes is computed once more by the direct form, so
 that neighbours and distances are those of the direct form. Where the error is so large that it lets too many pass, the
-search goes on with panels of the direct form.
+search goes on with panels of the direct form. City block distances of floats have a filter too, because
+
+    sum(|q - c|) = 2 sum(max(q, c)) - sum(q) - sum(c)
+
+takes two operations a feature where the direct form takes three; its error is `Space.larger_error`.
 
 Few queries are compared with rows as they lie (`PanelKernels.knn_rows`), because packing would cost more than it saves.
 
@@ -54,7 +58,7 @@ from knnbench.kernels.cpu_simd import (
 from knnbench.kernels.heap import keep_smallest, make_heap, sift_down, sort_heap
 from knnbench.metrics import METRICS, Space, add_absolute, add_product, add_square, keep_largest
 
-__all__ = ["Packing", "Plan", "TileKernels", "Workspace", "list_room", "plan_of", "tile_kernels"]
+__all__ = ["Filter", "Packing", "Plan", "TileKernels", "Workspace", "filter_of", "list_room", "plan_of", "tile_kernels"]
 
 # The first word of the names of operations, by the scalar function of a metric.
 OPERATION_OF: dict[Callable[..., Any], str] = {
@@ -62,6 +66,32 @@ OPERATION_OF: dict[Callable[..., Any], str] = {
     add_square: "square",
     add_product: "product",
     keep_largest: "largest",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What tells which rows of floats to look at.
+
+    Attributes
+    ----------
+    operation : str
+        The first word of its name.
+    key : str
+        Of `cpu_loops.KEYS`.
+    error : callable
+        ``(space) -> float``: the declared error, as a factor of the norms of a query and a row.
+    """
+
+    operation: str
+    key: str
+    error: Callable[[Space], float]
+
+
+# By the first word of the operation's name that it filters.
+FILTERS = {
+    "square": Filter("product", "gram", lambda space: space.gram_error),
+    "absolute": Filter("larger", "larger", lambda space: space.larger_error),
 }
 
 # Products of bytes, the fastest first, which only some CPUs have instructions for.
@@ -98,19 +128,17 @@ class Plan:
         On panels, and on rows as they lie. Both give the accumulated value, or `key` says what of it.
     norms : Vectors
         The product of a row with itself.
-    key : {"value", "gram", "cosine"}
-        How a panel's accumulators are ranked, as in `cpu_simd.KEYS`.
+    key : {"value", "gram", "larger", "cosine"}
+        How a panel's accumulators are ranked, as in `cpu_loops.KEYS`.
+    is_filter : bool
+        Whether panels tell only which rows to look at: then they are centred.
     """
 
     panels: Vectors
     rows: Vectors
     norms: Vectors
     key: str
-
-    @property
-    def is_filter(self) -> bool:
-        """Whether panels tell only which rows to look at: then they are centred."""
-        return self.key == "gram" and self.panels.operation.accumulator.startswith("float")
+    is_filter: bool = False
 
 
 def plan_of(space: Space, level: Level, features: frozenset[str], *, filtered: bool = False) -> Plan:
@@ -123,15 +151,16 @@ def plan_of(space: Space, level: Level, features: frozenset[str], *, filtered: b
     features : frozenset of str
         Of the CPU.
     filtered : bool
-        For floats: whether squared distances are filtered by products.
+        For floats: whether the filter is wanted that there may be.
     """
     kind = OPERATION_OF[space.form.accumulate]
     vectors = functools.partial(vectors_of, level=level, features=features)
     if not space.is_integer:
         dtype = space.dtype.name
-        is_gram = filtered and space.form.from_dot is not None
-        product, rows = vectors(f"product-{dtype}"), vectors(f"{kind}-{dtype}")
-        return Plan(product, rows, product, "gram") if is_gram else Plan(rows, rows, product, "value")
+        product, rows, found = vectors(f"product-{dtype}"), vectors(f"{kind}-{dtype}"), filter_of(space)
+        if not filtered or found is None:
+            return Plan(rows, rows, product, "value")
+        return Plan(vectors(f"{found.operation}-{dtype}"), rows, product, found.key, is_filter=True)
     wide = "int64" if space.accumulator == np.int64 else "int16"
     product = vectors(f"product-{wide}")
     if space.form.from_dot is None:
@@ -140,6 +169,11 @@ def plan_of(space: Space, level: Level, features: frozenset[str], *, filtered: b
     narrow = [vectors(name) for name in NARROW_PRODUCTS if level.has_matrix or not OPERATIONS[name].is_matrix]
     panels = next((form for form in narrow if form.instruction and wide == "int16"), product)
     return Plan(panels, vectors(f"{kind}-{wide}"), product, "cosine" if kind == "product" else "gram")
+
+
+def filter_of(space: Space) -> Filter | None:
+    """Return what filters the distances of a space, if anything does."""
+    return None if space.is_integer else FILTERS.get(OPERATION_OF[space.form.accumulate])
 
 
 class Workspace(NamedTuple):
@@ -158,9 +192,11 @@ class Workspace(NamedTuple):
     columns : (n_panels, panel rows) array
         A number for each row of a panel, for the key.
     corpus_norms, query_norms : (n_panels, panel rows) and (n_queries,) arrays
-        Squared norms.
+        Squared norms, or sums of absolute values for the key ``"larger"``.
     shifts : (n_panels, panel rows) array
         What centring took from the products of each row of a panel.
+    sums : (n_queries,) array
+        Sums of features, for the key ``"larger"``.
     limits : (n_queries,) array
         Below which a query's keys are of interest.
     out : array
@@ -179,6 +215,7 @@ class Workspace(NamedTuple):
     corpus_norms: Array
     query_norms: Array
     shifts: Array
+    sums: Array
     limits: Array
     out: Array
     hits: Array
@@ -252,15 +289,16 @@ class TileKernels:
             (padded * -(-n_features // depth) * depth, element),
             (padded, norm),
             (padded, column),
+            (padded, column),
             (height * width, accumulator),
             (height, word),
             (ROWS, row),
         )
         panel_sizes = () if packing else self._panel_sizes(1, n_features)
-        queries, query_norms, limits, out, hits, values, *room = carved(*sizes, *panel_sizes)
+        queries, query_norms, sums, limits, out, hits, values, *room = carved(*sizes, *panel_sizes)
         centre, is_packed, panels, columns, norms, shifts = packing or self._packing(0, room, 1, centre)
         return Workspace(
-            centre, is_packed, queries, panels, columns, norms, query_norms, shifts, limits, out, hits, values
+            centre, is_packed, queries, panels, columns, norms, query_norms, shifts, sums, limits, out, hits, values
         )
 
     def packing(self, n_corpus: int, n_features: int, centre: Array | None = None) -> Packing:
@@ -295,7 +333,7 @@ class TileKernels:
         """Return what `workspace` takes for a tile of queries, or a part of one, and besides."""
         (height, width, depth), element = self._shape, self._dtypes[0]
         row = -(-n_features // depth) * depth * element.itemsize
-        return height * (row + 16), width * (row + 24 + 8 * height) + 12 * ALIGNMENT
+        return height * (row + 24), width * (row + 24 + 8 * height) + 13 * ALIGNMENT
 
 
 def list_room(k: int, n_rows: int) -> int:
@@ -318,7 +356,7 @@ def tile_kernels(space: Space, *, filtered: bool = False) -> TileKernels:
     ----------
     space : Space
     filtered : bool
-        For floats: whether squared distances are filtered by products.
+        For floats: whether the filter is wanted that there may be (`filter_of`).
     """
     form = space.form
     # All that follows from the space; found again in microseconds, which a small search takes itself.
@@ -390,7 +428,7 @@ def _compiled(
     row_features, square_features = plan.rows.features, plan.norms.features
     square, row_dtype = plan.panels.square, np.dtype(plan.rows.operation.accumulator)
     chunk = PACKED_BYTES // (plan.panels.tile_shape[1] * plan.panels.width) // square * square
-    needs_norms, is_filtered = key != "value", plan.is_filter
+    needs_norms, is_filtered, is_larger = key != "value", plan.is_filter, key == "larger"
     # Of larger norms the sums could overflow.
     largest_norm = float(np.finfo(plan.panels.operation.accumulator).max) / 16 if is_float else 0.0
     rank_uses_norms = key == "cosine"
@@ -444,35 +482,30 @@ def _compiled(
 
     @register_jitable
     def centre_rows(
-        panel: Any,
-        offset: Any,
-        lanes: Any,
-        first: Any,
-        count: Any,
-        begin: Any,
-        end: Any,
-        centre: Any,
-        norms: Any,
-        i: Any,
-    ) -> None:
-        """Take the centre from features of packed float rows, and add their squares to the norms from row i on."""
+        panel: Any, offset: Any, lanes: Any, first: Any, count: Any, begin: Any, end: Any, centre: Any, norms: Any,
+        sums: Any, i: Any,
+    ) -> None:  # fmt: skip
+        """Take the centre from features of packed float rows, and add what they add to the norms from row i on."""
         for f in range(begin, end):
             for r in range(first, first + count):
                 value = panel[offset + f * lanes + r] - centre[f]
                 panel[offset + f * lanes + r] = value
-                norms[i + r] += value * value
+                norms[i + r] += abs(value) if is_larger else value * value
+                if is_larger:
+                    sums[i + r] += value
 
     @register_jitable
-    def pack_queries(queries: Any, packed: Any, norms: Any, centre: Any, values: Any) -> None:
+    def pack_queries(queries: Any, packed: Any, norms: Any, sums: Any, centre: Any, values: Any) -> None:
         n_queries, n_features = queries.shape
         n_steps = (n_features + depth - 1) // depth
         packed[:] = 0
         norms[:] = 0
+        sums[:] = 0
         for i in range(0, n_queries, height):
             count, offset = min(height, n_queries - i), i * n_steps * depth
             fill_queries(queries, i, count, 0, n_steps, packed, offset, 0)
             if is_filtered:
-                centre_rows(packed, offset, height, 0, count, 0, n_features, centre, norms, i)
+                centre_rows(packed, offset, height, 0, count, 0, n_features, centre, norms, sums, i)
             elif needs_norms:
                 for t in range(count):
                     norms[i + t] = norm(queries, i + t, values)
@@ -492,7 +525,7 @@ def _compiled(
             for r in range(0, count - square + 1, square):
                 for g in range(begin, end, square):
                     at, to = (start + r) * n_features + g * group, (g * width + r) * group
-                    if is_filtered:
+                    if is_filtered and not is_larger:
                         move_square(tiles, corpus, at, n_features, panel, to, step, centre, g, norms, r)
                     else:
                         move_square(tiles, corpus, at, n_features, panel, to, step, None, 0, None, 0)
@@ -500,10 +533,13 @@ def _compiled(
         whole = count // square * square
         fill_corpus(corpus, start, whole, in_squares, n_groups, panel, 0, 0)
         fill_corpus(corpus, start + whole, count - whole, 0, n_groups, panel, 0, whole)
-        if is_filtered:
-            centre_rows(panel, 0, width, 0, whole, in_squares, n_features, centre, norms, 0)
-            centre_rows(panel, 0, width, whole, count - whole, 0, n_features, centre, norms, 0)
-        if needs_norms:
+        if is_larger:
+            columns[:] = 0
+            centre_rows(panel, 0, width, 0, count, 0, n_features, centre, norms, columns, 0)
+        elif is_filtered:
+            centre_rows(panel, 0, width, 0, whole, in_squares, n_features, centre, norms, columns, 0)
+            centre_rows(panel, 0, width, whole, count - whole, 0, n_features, centre, norms, columns, 0)
+        if needs_norms and not is_larger:
             for r in range(count):
                 if not is_filtered:
                     norms[r] = norm(corpus, start + r, values)
@@ -545,10 +581,14 @@ def _compiled(
             counts[i] = k
 
     @register_jitable
-    def limit(largest: Any, query_norm: Any, error: Any) -> Any:
+    def limit(largest: Any, query_norm: Any, total: Any, error: Any) -> Any:
         """Return below which keys a row may be among the k smallest, of which the largest value is given."""
         if key == "value":
             return largest
+        if is_larger:
+            # A row at most kth from a query has a norm that is at most that much larger.
+            kth = np.float64(largest)
+            return kth + total + error * 2 * (np.float64(query_norm) + kth)
         if key == "cosine":
             return -(1.0 - largest) * math.sqrt(query_norm) * (1.0 - COSINE_SLACK)
         if not is_float:
@@ -567,15 +607,15 @@ def _compiled(
     @compile_cached(nogil=True, error_model="numpy")
     def knn(
         queries: Any, corpus: Any, first: Any, start: Any, stop: Any, error: Any, centre: Any, is_packed: Any,
-        packed: Any, panels: Any, columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, limits: Any,
-        out: Any, hits: Any, row: Any, k: Any, values: Any, indices: Any, counts: Any,
+        packed: Any, panels: Any, columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, sums: Any,
+        limits: Any, out: Any, hits: Any, row: Any, k: Any, values: Any, indices: Any, counts: Any,
     ) -> Any:  # fmt: skip
         n_queries, n_features = queries.shape
         room, n_groups = values.shape[1], (n_features + depth - 1) // depth * (depth // group)
-        pack_queries(queries, packed, query_norms, centre, row)
+        pack_queries(queries, packed, query_norms, sums, centre, row)
         if start - first >= room:
             for i in range(n_queries):
-                limits[i] = limit(values[i, 0], query_norms[i], error)
+                limits[i] = limit(values[i, 0], query_norms[i], sums[i], error)
         if is_filtered and not query_norms[:n_queries].max() <= largest_norm:
             return start
         passed, allowed = 0, n_queries * (4 * room + PASSED_QUERY)
@@ -608,7 +648,7 @@ def _compiled(
                         else:
                             value = value_of(acc, query_norm, norms[r])
                         insert(k, values, indices, counts, i + t, seen, value, begin + r)
-                    limits[i + t] = limit(values[i + t, 0], query_norm, error)
+                    limits[i + t] = limit(values[i + t, 0], query_norm, sums[i + t], error)
             if passed > allowed + (begin + count - start) * n_queries // PASSED_SHARE:
                 return begin + count
         tear_down(tiles)  # no filter has a set-up, so that nothing returns before
@@ -658,13 +698,13 @@ def _compiled(
     @compile_cached(nogil=True, error_model="numpy")
     def pairwise(
         queries: Any, corpus: Any, start: Any, stop: Any, centre: Any, is_packed: Any, packed: Any, panels: Any,
-        columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, limits: Any, out: Any, hits: Any, row: Any,
-        result: Any,
+        columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, sums: Any, limits: Any, out: Any, hits: Any,
+        row: Any, result: Any,
     ) -> None:  # fmt: skip
         n_queries, n_features = queries.shape
         n_groups = (n_features + depth - 1) // depth * (depth // group)
         set_up(tiles)
-        pack_queries(queries, packed, query_norms, centre, row)
+        pack_queries(queries, packed, query_norms, sums, centre, row)
         for begin in range(start, stop, width):
             count, at = min(width, stop - begin), begin // width if is_packed else 0
             panel, column, norms, shift = panels[at], columns[at], corpus_norms[at], shifts[at]
