@@ -131,7 +131,10 @@ def plant(monkeypatch):
         points = [
             importlib.metadata.EntryPoint(n, f"{__name__}:{c.__name__}", ENTRY_POINTS) for n, c in classes.items()
         ]
-        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: importlib.metadata.EntryPoints(points))
+        monkeypatch.setattr(
+            importlib.metadata, "entry_points",
+            lambda group: importlib.metadata.EntryPoints(points if group == ENTRY_POINTS else ()),
+        )  # fmt: skip
         forget()
         return list(classes)
 
