@@ -61,8 +61,9 @@ def lacks(capabilities: Capabilities, space: Space, accuracy: str) -> str:
         return f"lacks metric {space.metric.name!r} (it has: {', '.join(sorted(capabilities.metrics))})"
     if space.dtype.name not in capabilities.dtypes:
         return f"lacks dtype {space.dtype.name} (it has: {', '.join(sorted(capabilities.dtypes))})"
-    if accuracy == "exact" and not (space.is_integer and capabilities.exact_integers and capabilities.total_order):
-        return f"lacks accuracy='exact' for {space.dtype.name} (own backends have it for uint8)"
+    is_proved = capabilities.exact_integers if space.is_integer else capabilities.certifies
+    if accuracy == "exact" and not (is_proved and capabilities.total_order):
+        return f"lacks accuracy='exact' for {space.dtype.name} (own backends have it)"
     return ""
 
 
