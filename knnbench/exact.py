@@ -118,7 +118,8 @@ def search(task: Task, k: int) -> tuple[Array, Array, Certificate]:
     distances, indices = np.empty((n_queries, k), task.space.output), np.empty((n_queries, k), np.int64)
     facts = []
     for block in slices(n_queries, step):
-        selected = _select(task, block, blocks[0].stop, parts, count, values)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # where it happens, nothing is proved by it
+            selected = _select(task, block, blocks[0].stop, parts, count, values)
         indices[block], approximate, fact = _prove(selected, block, k, values)
         owners = np.repeat(np.arange(block.start, block.stop), k)
         distances[block] = values.distances(owners, indices[block].ravel(), approximate.ravel()).reshape(-1, k)
@@ -160,8 +161,7 @@ def _select(task: Task, block: slice, step: int, parts: list[slice], count: int,
             indices[some], best.form = task.engine.to_numpy(found.indices), found.form
             if indices.shape[1] < n_rows:
                 floor[some] = found.floor
-                with np.errstate(invalid="ignore"):
-                    error = float((found.last - found.floor).max())
+                error = float((found.last - found.floor).max())
                 best.bound = max(best.bound, error if error >= 0 else math.inf)
         indices += part.start
         owners = np.repeat(np.arange(block.start, block.stop), indices.shape[1])

@@ -113,7 +113,7 @@ class Values:
         """
         from knnbench.kernels.cpu_exact import wide_kernels
 
-        kernel, result = wide_kernels(self._space.form.accumulate).pairs, np.empty(len(i))
+        kernel, result = wide_kernels(self._space).pairs, np.empty(len(i))
         for some in slices(len(i), self._piece(len(i))):
             queries, rows = self._queries.at(i[some])
             corpus, columns = self._corpus.at(j[some])
@@ -127,22 +127,21 @@ class Values:
 
         All rows are looked at; those whose interval begins above the k-th smallest end of one are left out.
         """
-        from knnbench.kernels.cpu_exact import QUERIES, wide_kernels
+        from knnbench.kernels.cpu_exact import wide_kernels
 
         self._look(len(i))
-        kernel, n_queries = wide_kernels(self._space.form.accumulate).block, len(i)
+        kernel, n_queries = wide_kernels(self._space).block, len(i)
         rows, places = self._queries.at(i)
         scales = self._scales(rows, places)
-        queries = np.zeros((-(-n_queries // QUERIES) * QUERIES, self._space.n_features))
-        queries[:n_queries] = rows[places].astype(np.float64) * scales[:, None]
+        queries = rows[places].astype(np.float64) * scales[:, None]
         lists, kept = [np.empty(0, np.int64) for _ in i], [np.empty(0) for _ in i]
-        step = max(1, min(self._corpus.piece, self._budget // (8 * (len(queries) + 12))))
+        step = max(1, min(self._corpus.piece, self._budget // (8 * (n_queries + 12))))
         for part in slices(len(self._corpus), step):
             corpus, width = self._corpus.part(part), part.stop - part.start
-            of_corpus, values = self._scales(corpus, np.arange(width)), np.empty((width, len(queries)))
-            self._run(kernel, width, (queries, corpus, of_corpus), (values,), pairs=len(queries))
+            of_corpus, values = self._scales(corpus, np.arange(width)), np.empty((width, n_queries))
+            self._run(kernel, width, (queries, corpus, of_corpus), (values,), pairs=n_queries)
             values[of_corpus == 0] = np.nan
-            values[:, :n_queries][:, scales == 0] = np.nan
+            values[:, scales == 0] = np.nan
             for q in range(n_queries):
                 lists[q], kept[q] = self._kept(lists[q], kept[q], values[:, q], part.start, k)
         return lists, kept

@@ -1,7 +1,6 @@
 """Values of single pairs in float64, and exactly: what certifies the answers of faster kernels.
 
-`wide_kernels` are sums in float64 by the direct form, in whatever order is fast: `knnbench.bounds` says how far off. The
-scalar function is the metric's own.
+`wide_kernels` are float64 values by the direct form, in vectors: `knnbench.bounds` says how far off.
 
 `expand` gives a value as an expansion: a few float64 numbers whose sum is the value, the largest first. Differences and
 products of two numbers are exact as pairs of numbers (T. J. Dekker, A floating-point technique for extending the
@@ -22,15 +21,15 @@ import numpy as np
 from numba.extending import register_jitable
 
 from knnbench.kernels.compilation import compile_cached
-from knnbench.metrics import add_absolute, add_product, add_square, keep_largest
+from knnbench.kernels.cpu_loops import row_values
+from knnbench.kernels.cpu_simd import Vectors, cpu_features, simd_level
+from knnbench.kernels.cpu_tiles import plan_of
+from knnbench.metrics import Space, add_absolute, add_product, add_square, keep_largest
 
-__all__ = ["QUERIES", "WideKernels", "equal_rows", "expansion_kernel", "squared_norms", "wide_kernels"]
+__all__ = ["WideKernels", "equal_rows", "expansion_kernel", "squared_norms", "wide_kernels"]
 
-# Queries that a corpus row meets at once.
-QUERIES = 4
-
-# Any order of additions is as good to the bound; infinity is a value, NaN is none.
-SUMS = {"reassoc", "contract", "nnan", "nsz"}
+# Corpus rows that a query meets at once: in float64 they stay in the first-level cache.
+ROWS = 4
 
 # The low half of a float64: what multiplies to split it (Dekker, Veltkamp).
 SPLITTER = 134217729.0
@@ -41,56 +40,82 @@ LOST = 2.0**-1070
 
 
 class WideKernels(NamedTuple):
-    """Float64 sums; all release the interpreter lock.
+    """Values in float64; all kernels release the interpreter lock.
 
     Attributes
     ----------
     pairs : callable
         ``(queries, corpus, i, j, query_scales, corpus_scales, start, stop, out)`` fills ``out[start:stop]`` with the values
-        of rows ``queries[i] * query_scales`` and ``corpus[j] * corpus_scales``, all of them arrays with a number a pair.
+        of rows ``queries[i] * query_scales`` and ``corpus[j] * corpus_scales``; all but the rows are arrays of a number a
+        pair.
     block : callable
-        ``(queries, corpus, scales, start, stop, out)`` fills ``out[start:stop]`` with the values of the corpus rows
-        ``corpus[j] * scales[j]`` and all float64 queries, whose number is a multiple of `QUERIES`.
+        ``(queries, corpus, scales, start, stop, out)`` fills ``out[start:stop]`` with the values of corpus rows
+        ``corpus[j] * scales[j]`` and all queries, which are float64.
     """
 
     pairs: Callable[..., None]
     block: Callable[..., None]
 
 
-@functools.cache
-def wide_kernels(accumulate_scalar: Callable[..., Any]) -> WideKernels:
-    """Return the kernels of a metric's scalar step, compiled when they are first called."""
-    accumulate = register_jitable(accumulate_scalar)
+def wide_kernels(space: Space) -> WideKernels:
+    """Return the kernels of a metric, for rows of float32 or float64, compiled when they are first called."""
+    wide = Space(space.metric, np.dtype(np.float64), space.n_features)
+    return _wide_kernels(wide.form.accumulate, plan_of(wide, simd_level(), cpu_features()).rows)
 
-    @compile_cached(nogil=True, error_model="numpy", fastmath=SUMS)
+
+@functools.cache
+def _wide_kernels(accumulate_scalar: Callable[..., Any], vectors: Vectors) -> WideKernels:
+    accumulate, name, least_features = register_jitable(accumulate_scalar), vectors.name, vectors.features
+
+    @register_jitable
+    def widen(rows: Any, i: Any, scale: Any, out: Any, r: Any) -> None:
+        """Fill row r of a float64 array."""
+        for f in range(rows.shape[1]):
+            out[r, f] = np.float64(rows[i, f]) * scale
+
+    @register_jitable
+    def values(one: Any, i: Any, others: Any, out: Any) -> None:
+        """Fill `out` with the values of a row and all others."""
+        n_features = one.shape[1]
+        if n_features >= least_features:
+            if len(others) == ROWS:
+                row_values(name, ROWS, one, i, others, 0, n_features, out)
+            else:
+                row_values(name, 1, one, i, others, 0, n_features, out)
+            return
+        for r in range(len(others)):
+            out[r] = 0.0
+            for f in range(n_features):
+                out[r] = accumulate(out[r], one[i, f], others[r, f])
+
+    @compile_cached(nogil=True, error_model="numpy")
     def pairs(
         queries: Any, corpus: Any, i: Any, j: Any, query_scales: Any, corpus_scales: Any, start: Any, stop: Any, out: Any
     ) -> None:
+        query, row, value = np.empty((1, queries.shape[1])), np.empty((1, queries.shape[1])), np.empty(1)
         for p in range(start, stop):
-            a, b, of_a, of_b = i[p], j[p], query_scales[p], corpus_scales[p]
-            acc = 0.0
-            for f in range(queries.shape[1]):
-                acc = accumulate(acc, np.float64(queries[a, f]) * of_a, np.float64(corpus[b, f]) * of_b)
-            out[p] = acc
+            if p == start or i[p] != i[p - 1]:
+                widen(queries, i[p], query_scales[p], query, 0)
+            widen(corpus, j[p], corpus_scales[p], row, 0)
+            values(query, 0, row, value)
+            out[p] = value[0]
 
-    @compile_cached(nogil=True, error_model="numpy", fastmath=SUMS)
+    @compile_cached(nogil=True, error_model="numpy")
     def block(queries: Any, corpus: Any, scales: Any, start: Any, stop: Any, out: Any) -> None:
-        for j in range(start, stop):
-            scale = scales[j]
-            for i in range(0, len(queries), QUERIES):
-                first, second, third, fourth = 0.0, 0.0, 0.0, 0.0
-                for f in range(queries.shape[1]):
-                    value = np.float64(corpus[j, f]) * scale
-                    first = accumulate(first, queries[i, f], value)
-                    second = accumulate(second, queries[i + 1, f], value)
-                    third = accumulate(third, queries[i + 2, f], value)
-                    fourth = accumulate(fourth, queries[i + 3, f], value)
-                out[j, i], out[j, i + 1], out[j, i + 2], out[j, i + 3] = first, second, third, fourth
+        rows, found = np.zeros((ROWS, queries.shape[1])), np.empty(ROWS)
+        for j in range(start, stop, ROWS):
+            count = min(ROWS, stop - j)
+            for r in range(count):
+                widen(corpus, j + r, scales[j + r], rows, r)
+            for i in range(len(queries)):
+                values(queries, i, rows, found)
+                for r in range(count):
+                    out[j + r, i] = found[r]
 
     return WideKernels(pairs, block)
 
 
-@compile_cached(nogil=True, error_model="numpy", fastmath=SUMS)
+@compile_cached(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
 def squared_norms(rows: Any, index: Any, start: Any, stop: Any, out: Any) -> None:
     """Fill ``out[start:stop]`` with the squared norms of rows ``index[start:stop]``, in float64."""
     for p in range(start, stop):
