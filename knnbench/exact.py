@@ -202,7 +202,7 @@ def _prove(selected: _Selected, block: slice, k: int, values: Values) -> tuple[A
         n_settled += settle(close, lists, of_lists)
     again = np.nonzero(~is_whole)[0]
     for some in slices(len(again), WIDE_QUERIES):
-        lists, of_lists = values.nearest(again[some] + block.start, k)
+        lists, of_lists = values.nearest(again[some] + block.start, k, selected.values[again[some], k - 1])
         n_settled += settle(again[some], lists, of_lists)
         n_candidates += sum(map(len, lists))
     return indices, approximate, Certificate(selected.form, n_candidates, selected.bound, len(again), n_settled)

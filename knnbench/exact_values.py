@@ -122,10 +122,18 @@ class Values:
             found[(scales[0] == 0) | (scales[1] == 0)] = np.nan
         return result
 
-    def nearest(self, i: Array, k: int) -> tuple[list[Array], list[Floats]]:
+    def nearest(self, i: Array, k: int, known: Floats) -> tuple[list[Array], list[Floats]]:
         """Return for each of some queries the corpus rows that may be among the k nearest, and their values in float64.
 
         All rows are looked at; those whose interval begins above the k-th smallest end of one are left out.
+
+        Parameters
+        ----------
+        i : (n,) array of int64
+            Queries.
+        k : int
+        known : (n,) array of float64
+            Values by `approximate` that at least k rows do not exceed; NaN where none is known.
         """
         from knnbench.kernels.cpu_exact import wide_kernels
 
@@ -135,28 +143,38 @@ class Values:
         scales = self._scales(rows, places)
         queries = rows[places].astype(np.float64) * scales[:, None]
         lists, kept = [np.empty(0, np.int64) for _ in i], [np.empty(0) for _ in i]
+        most = np.where(self._scale == 1, self.interval(known)[1], np.inf)  # what was known is of unscaled rows
         step = max(1, min(self._corpus.piece, self._budget // (8 * (n_queries + 12))))
         for part in slices(len(self._corpus), step):
             corpus, width = self._corpus.part(part), part.stop - part.start
-            of_corpus, values = self._scales(corpus, np.arange(width)), np.empty((width, n_queries))
+            of_corpus, values = self._scales(corpus, np.arange(width)), np.empty((n_queries, width))
             self._run(kernel, width, (queries, corpus, of_corpus), (values,), pairs=n_queries)
-            values[of_corpus == 0] = np.nan
-            values[:, scales == 0] = np.nan
+            values[:, of_corpus == 0] = np.nan
+            values[scales == 0] = np.nan
             for q in range(n_queries):
-                lists[q], kept[q] = self._kept(lists[q], kept[q], values[:, q], part.start, k)
+                found = self._not_above(values[q], most[q])
+                lists[q], kept[q] = self._smallest(
+                    np.concatenate([lists[q], found + part.start]), np.concatenate([kept[q], values[q, found]]), k
+                )
         return lists, kept
 
-    def _kept(self, indices: Array, values: Floats, more: Floats, start: int, k: int) -> tuple[Array, Floats]:
-        """Return what may be among the k smallest of some rows and of more that come after them."""
-        n_before, values = len(values), np.concatenate([values, more])
+    def _not_above(self, values: Floats, limit: float) -> Array:
+        """Return the places of all values whose interval may begin at a limit or below, and of some others."""
+        # Intervals grow with their values, so that one looked at is enough to leave out all above it.
+        most = limit * (1 + 1e-9)
+        if np.isfinite(most) and self.interval(np.array([most]))[0][0] > limit:
+            return np.nonzero(~(values >= most))[0]
+        return np.arange(len(values))
+
+    def _smallest(self, indices: Array, values: Floats, k: int) -> tuple[Array, Floats]:
+        """Return those of some rows, in ascending order of indices, that may be among the k smallest."""
+        if len(values) <= k:
+            return indices, values
         low, high = self.interval(values)
-        near = np.arange(len(values))
-        if len(values) > k:
-            near = np.nonzero(low <= np.partition(high, k - 1)[k - 1])[0]
-        if self._is_exact and len(near) > k:  # indices ascend, so that the first of equals are kept
+        near = np.nonzero(low <= np.partition(high, k - 1)[k - 1])[0]
+        if self._is_exact and len(near) > k:  # of equals the first are kept
             near = np.sort(near[np.argsort(values[near], kind="stable")[:k]])
-        later = near[near >= n_before]
-        return np.concatenate([indices[near[: len(near) - len(later)]], later - n_before + start]), values[near]
+        return indices[near], values[near]
 
     def first(self, i: Array, lists: list[Array], values: list[Floats], k: int) -> tuple[Array, Floats, int]:
         """Return the k nearest among some rows, in exact order.

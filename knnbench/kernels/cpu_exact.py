@@ -49,8 +49,8 @@ class WideKernels(NamedTuple):
         of rows ``queries[i] * query_scales`` and ``corpus[j] * corpus_scales``; all but the rows are arrays of a number a
         pair.
     block : callable
-        ``(queries, corpus, scales, start, stop, out)`` fills ``out[start:stop]`` with the values of corpus rows
-        ``corpus[j] * scales[j]`` and all queries, which are float64.
+        ``(queries, corpus, scales, start, stop, out)`` fills ``out[:, start:stop]`` with the values of all queries, which
+        are float64, and corpus rows ``corpus[j] * scales[j]``.
     """
 
     pairs: Callable[..., None]
@@ -110,7 +110,7 @@ def _wide_kernels(accumulate_scalar: Callable[..., Any], vectors: Vectors) -> Wi
             for i in range(len(queries)):
                 values(queries, i, rows, found)
                 for r in range(count):
-                    out[j + r, i] = found[r]
+                    out[i, j + r] = found[r]
 
     return WideKernels(pairs, block)
 
