@@ -245,9 +245,9 @@ def knn(
         As for `pairwise`.
     accuracy : {"fast", "exact"}, optional
         That of a `Prepared` corpus, otherwise ``"fast"``: the backend's native arithmetic. ``"exact"``: the
-        neighbours are those of exact arithmetic on the values, as they are in the dtype computed in, and float distances
-        are within one unit in the last place. Own backends have it for every dtype and metric; `Neighbors.certificate`
-        tells how it was proved.
+        neighbours are those of exact arithmetic on the values, as they are in the dtype computed in, and float
+        distances are within one unit in the last place. Own backends have it for every dtype and metric;
+        `Neighbors.certificate` tells how it was proved.
 
     Returns
     -------
@@ -270,8 +270,7 @@ def knn(
     task = _enter(queries, corpus, check_count("k", k), metric, backend, accuracy, memory_budget, check_finite)
     k = check_k(k, task.prepared.shape[0])
     if task.accuracy == "exact" and not task.space.is_integer:
-        proved, nearest, certificate = exact.search(task, k)
-        return task.neighbors(proved, nearest, certificate)
+        return task.neighbors(*exact.search(task, k))
     blocks, parts = task.query_blocks(k * (task.space.ranked.itemsize + 8)), task.corpus_parts()
     ranked: Any = None
     indices: Any = None

@@ -6,8 +6,8 @@ roundoff of the dtype that is computed in, n the number of features, ``tiny`` th
 computed one. Operations are IEEE 754's, rounded to nearest: ``fl(a op b) = (a op b)(1 + d)``, ``|d| <= u``.
 
 **Sums.** A sum of n terms, or a dot product, is off by at most ``n u`` times that of the magnitudes, in whatever order
-it is added, with fused multiply-adds or without [2]_, [1]_ (section 3.1): no blocking, vector width or number of threads
-matters. A bound here uses ``g(m) = m u / (1 - m u)``, which also covers products of m factors ``1 + d``.
+it is added, with fused multiply-adds or without [2]_, [1]_ (section 3.1): no blocking, vector width or number of
+threads matters. A bound here uses ``g(m) = m u / (1 - m u)``, which also covers products of m factors ``1 + d``.
 
 **Underflow.** Each operation may in addition be off by `tiny`, absolutely: that holds for gradual underflow, where it
 is much less, and for processors and libraries that take subnormal numbers as zero.
@@ -21,15 +21,15 @@ evaluating the bound. A largest difference has no additions.
 **Rows of unit length**, for cosine. Let a and b be the exact unit rows, which differ by ``sqrt(e)``, and a', b' those
 computed, each within `unit_shift` of it. Then ``|sqrt(e') - sqrt(e)| <= 2 unit_shift`` by the triangle inequality.
 
-**What a search guarantees** about the rows that it did not return. Let it select by values v with ``|v - e| <= w e + t``.
-For a row c that it left out and a row r that it returned, ``v(c) >= v(r)``, hence ``e(c) >= (e(r)(1 - w) - 2 t) / (1 + w)``;
-`direct_floor` and `gram_floor` evaluate this.
+**What a search guarantees** about the rows that it did not return. Let it select by values v with ``|v - e| <= w e +
+t``. For a row c that it left out and a row r that it returned, ``v(c) >= v(r)``, hence ``e(c) >= (e(r)(1 - w) - 2 t) /
+(1 + w)``; `direct_floor` and `gram_floor` evaluate this.
 
 References
 ----------
 .. [1] N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., SIAM 2002.
-.. [2] C.-P. Jeannerod and S. M. Rump, Improved error bounds for inner products in floating-point arithmetic, SIAM Journal
-   on Matrix Analysis and Applications 34 (2013), 338-344.
+.. [2] C.-P. Jeannerod and S. M. Rump, Improved error bounds for inner products in floating-point arithmetic, SIAM
+   Journal on Matrix Analysis and Applications 34 (2013), 338-344.
 """
 
 from typing import Any
@@ -92,9 +92,9 @@ def unit_shift(space: Space, dtype: npt.DTypeLike | None = None) -> float:
 
     Notes
     -----
-    A row is divided by its length, which is accumulated in float64 after scaling by a power of two: the length is off by
-    ``(n / 2 + 2) u`` of itself, u of float64, the quotient by one rounding in float64 and one to the dtype. The elements
-    that scaling takes below the normal range lose less than `tiny` each. Returned is about twice that.
+    A row is divided by its length, which is accumulated in float64 after scaling by a power of two: the length is off
+    by ``(n / 2 + 2) u`` of itself, u of float64, the quotient by one rounding in float64 and one to the dtype. The
+    elements that scaling takes below the normal range lose less than `tiny` each. Returned is about twice that.
     """
     if not space.metric.unit_rows:
         return 0.0
@@ -120,8 +120,8 @@ def direct_floor(space: Space, last: Array) -> Floats:
     Notes
     -----
     With w and t the relative and absolute error, ``e(r) >= (last - t) / (1 + w)``, so that
-    ``e(c) >= ((last - t)(1 - w) / (1 + w) - 2 t) / (1 + w) >= last (1 - 4 w) - 4 t``. Where `last` overflowed, so did the
-    values of all that was left out, or they are at most a rounding below.
+    ``e(c) >= ((last - t)(1 - w) / (1 + w) - 2 t) / (1 + w) >= last (1 - 4 w) - 4 t``. Where `last` overflowed, so did
+    the values of all that was left out, or they are at most a rounding below.
     """
     relative, absolute = direct_error(space)
     values = np.asarray(last, np.float64)

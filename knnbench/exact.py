@@ -1,13 +1,14 @@
 """The neighbours of exact arithmetic on floats, proved: ``accuracy="exact"``.
 
-1. The backend's fast search gives a few more candidates than are asked for, and a floor that the exact value of no other row
-   is below (`knnbench.backends.base.Candidates`).
-2. The values of the candidates are computed in float64, each within a known interval of the exact one (`knnbench.bounds`).
-   Where the first k intervals are apart from one another and from the next, and all below the floor, the answer is proved.
-   That is the rule, and costs little.
-3. Queries of which it is not so are searched again in float64, by the direct form; what its own bound cannot exclude is kept.
-4. What float64 cannot put in order is put in order by exact arithmetic (`knnbench.exact_values`). Of equal values the smaller
-   index comes first.
+1. The backend's fast search gives a few more candidates than are asked for, and a floor that the exact value of no
+   other row is below (`knnbench.backends.base.Candidates`).
+2. The values of the candidates are computed in float64, each within a known interval of the exact one
+   (`knnbench.bounds`). Where the first k intervals are apart from one another and from the next, and all below the
+   floor, the answer is proved. That is the rule, and costs little.
+3. Queries of which it is not so are searched again in float64, by the direct form; what its own bound cannot exclude is
+   kept.
+4. What float64 cannot put in order is put in order by exact arithmetic (`knnbench.exact_values`). Of equal values the
+   smaller index comes first.
 
 Bad data for a bound only ever send more queries to the slower steps.
 
@@ -33,8 +34,8 @@ from knnbench.threads import limited_blas
 
 __all__ = ["Certificate", "search"]
 
-# Candidates beyond k, and for so many of k one more. On ordinary data the last of them lies farther from the k-th than any
-# bound; the queries for which it does not are searched again.
+# Candidates beyond k, and for so many of k one more. On ordinary data the last of them lies farther from the k-th than
+# any bound; the queries for which it does not are searched again.
 SPARE, SPARE_SHARE = 8, 8
 
 # Bytes held for a candidate: index and value, and both once more while they are sorted.
@@ -55,9 +56,9 @@ class Certificate:
     candidates : float
         Rows whose value was looked at once more, for each query on average.
     bound : float
-        The largest error that the filter's bound allowed for, over all queries: by so much the exact value of a row that was
-        left out may be below the largest that was selected. In the unit of what is accumulated, which for euclidean is a
-        squared distance; infinite where the bound said nothing.
+        The largest error that the filter's bound allowed for, over all queries: by so much the exact value of a row
+        that was left out may be below the largest that was selected. In the unit of what is accumulated, which for
+        euclidean is a squared distance; infinite where the bound said nothing.
     searched_again : int
         Queries that this did not settle, and that float64 searched.
     settled : int

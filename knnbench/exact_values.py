@@ -1,9 +1,9 @@
 """Values of pairs of queries and corpus rows on the host: in float64 within known bounds, and exactly.
 
-A value is what a metric accumulates, of the rows as they are given; for cosine, the squared difference of the rows brought to
-unit length, ``2 - 2 cos``. What is exact is either an expansion of float64 numbers that lost nothing
-(`knnbench.kernels.cpu_exact`) or a whole number, which Python holds at any size: floats are whole numbers of a small enough
-power of two.
+A value is what a metric accumulates, of the rows as they are given; for cosine, the squared difference of the rows
+brought to unit length, ``2 - 2 cos``. What is exact is either an expansion of float64 numbers that lost nothing
+(`knnbench.kernels.cpu_exact`) or a whole number, which Python holds at any size: floats are whole numbers of a small
+enough power of two.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from knnbench import interchange
+from knnbench import double_double, interchange
 from knnbench.blocking import slices
 from knnbench.bounds import Floats, interval
 from knnbench.dtypes import Array
@@ -44,8 +44,8 @@ SCALED_EXPONENT, LARGEST_SCALED = 300, 2.0**440
 # Rows that show how all may be, and queries from which it pays to look at all.
 SAMPLE, MANY_QUERIES = 256, 16
 
-# A float64 value as near as this to the exact one rounds to the same float32 or to its neighbour; and the first component
-# of an expansion, of which so much may be lost, is the nearest float64 or its neighbour.
+# A float64 value as near as this to the exact one rounds to the same float32 or to its neighbour; and the first
+# component of an expansion, of which so much may be lost, is the nearest float64 or its neighbour.
 NEAR_SINGLE, NEAR_DOUBLE = 2.0**-27, 2.0**-60
 
 
@@ -256,7 +256,7 @@ class Values:
         return heads
 
     def _ranks_of_sums(self, i: Array, j: Array, parts: list[slice]) -> Iterator[Array]:
-        few, lost = self._expansions(self._queries, i, j, FEW_COMPONENTS, self._space.form.accumulate)
+        few, lost = self._expansions(self._queries, i, self._corpus, j, FEW_COMPONENTS, self._space.form.accumulate)
         for part in parts:
             if (lost[part] == 0).all() or are_apart(few[part], lost[part]):
                 yield dense_ranks(few[part, 1], few[part, 0])
@@ -270,8 +270,8 @@ class Values:
 
     def _products(self, i: Array, j: Array) -> tuple[list[int], list[int]]:
         """Return the dot products of pairs, and the squared norms of the corpus rows, in one unit for all."""
-        dots, lost = self._expansions(self._queries, i, j, MANY_COMPONENTS, add_product)
-        norms, lost_too = self._expansions(self._corpus, j, j, MANY_COMPONENTS, add_product)
+        dots, lost = self._expansions(self._queries, i, self._corpus, j, MANY_COMPONENTS, add_product)
+        norms, lost_too = self._expansions(self._corpus, j, self._corpus, j, MANY_COMPONENTS, add_product)
         if (lost == 0).all() and (lost_too == 0).all():
             return whole_numbers(dots), whole_numbers(norms)
         queries, corpus = self._pair_rows(i, j)
@@ -279,9 +279,10 @@ class Values:
         return both[: len(i)], both[len(i) :]
 
     def _whole(self, i: Array, j: Array) -> tuple[list[int], int]:
-        """Return the values of pairs as whole numbers, and the exponent of the power of two that they are multiples of."""
+        """Return the values of pairs as whole numbers, and the exponent of the power of two that they are multiples
+        of."""
         accumulate = self._space.form.accumulate
-        many, lost = self._expansions(self._queries, i, j, MANY_COMPONENTS, accumulate)
+        many, lost = self._expansions(self._queries, i, self._corpus, j, MANY_COMPONENTS, accumulate)
         if (lost == 0).all():
             return whole_numbers(many), UNIT_EXPONENT - degree(accumulate) * (math.frexp(self._scale)[1] - 1)
         return whole_values(accumulate, *self._pair_rows(i, j))
@@ -292,41 +293,66 @@ class Values:
         return queries[rows], corpus[columns]
 
     def _expansions(
-        self, left: Rows, i: Array, j: Array, components: int, accumulate: Callable[..., Any]
+        self, left: Rows, i: Array, right: Rows, j: Array, components: int, accumulate: Callable[..., Any]
     ) -> tuple[Floats, Floats]:
-        """Return the values of pairs of rows i of `left` and corpus rows j as expansions, and what each lost at the most."""
+        """Return the values of pairs of rows as expansions, and what each lost at the most."""
         from knnbench.kernels.cpu_exact import expansion_kernel
 
         kernel = expansion_kernel(accumulate)
         result, lost = np.zeros((len(i), components)), np.zeros(len(i))
         for some in slices(len(i), self._piece(len(i))):
             queries, rows = left.at(i[some])
-            corpus, columns = self._corpus.at(j[some])
+            corpus, columns = right.at(j[some])
             self._run(kernel, len(rows), (queries, corpus, rows, columns, self._scale), (result[some], lost[some]))
         return result, lost
 
     def _distances(self, i: Array, j: Array, values: Floats) -> Array:
-        form, output = self._space.form, self._space.output
-        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            if output == np.float32:
-                low, high = self.interval(values)
-                result = form.finish(np, values).astype(output)
-                same = form.finish(np, low).astype(output) == form.finish(np, high).astype(output)
-                good = same | (high - low <= NEAR_SINGLE * low)
+        with np.errstate(over="ignore", invalid="ignore", under="ignore", divide="ignore"):
+            if self._space.output == np.float32:
+                result, good = self._from_intervals(values)
             elif self._space.metric.unit_rows:
-                result, good = np.empty(len(i), output), np.zeros(len(i), bool)
+                result, good = self._from_dots(i, j)
             else:
-                few, lost = self._expansions(self._queries, i, j, FEW_COMPONENTS, form.accumulate)
-                high, low = few[:, 0], few[:, 1]
-                result = rooted(high, low) if form.finish is square_root else high
-                result = form.finish(np, high) if result is high else result
-                steps = degree(form.accumulate) if form.finish is not square_root else 1
-                result = result / self._scale if steps == 1 else result / self._scale / self._scale
-                good = (lost <= NEAR_DOUBLE * high) & (high >= SMALLEST) & (high <= LARGEST)
-                good |= (high == 0) & (lost == 0)
+                result, good = self._from_expansions(i, j)
         for p in np.nonzero(~good)[0]:
             result[p] = self._distance(i[p : p + 1], j[p : p + 1])
         return result
+
+    def _from_intervals(self, values: Floats) -> tuple[Array, Array]:
+        """Return distances in float32 from values in float64, and which are as near as they must be."""
+        low, high = self.interval(values)
+        result, least, most = (self._space.form.finish(np, x).astype(np.float32) for x in (values, low, high))
+        return result, (least == most) | (high - low <= NEAR_SINGLE * low)
+
+    def _from_expansions(self, i: Array, j: Array) -> tuple[Array, Array]:
+        """Return distances in float64 from two components, and which are as near as they must be."""
+        form = self._space.form
+        few, lost = self._expansions(self._queries, i, self._corpus, j, FEW_COMPONENTS, form.accumulate)
+        high, low = few[:, 0], few[:, 1]
+        good = (lost <= NEAR_DOUBLE * high) & (high >= SMALLEST) & (high <= LARGEST)
+        good |= (high == 0) & (lost == 0)
+        if form.finish is square_root:
+            return double_double.root(double_double.Double(high, low)).high / self._scale, good
+        result = form.finish(np, high) / self._scale
+        return (result / self._scale if degree(form.accumulate) == 2 else result), good
+
+    def _from_dots(self, i: Array, j: Array) -> tuple[Array, Array]:
+        """Return cosine distances in float64 from two components of the products, and which are as near as they must
+        be."""
+        dots, lost_dots = self._expansions(self._queries, i, self._corpus, j, FEW_COMPONENTS, add_product)
+        of_corpus, lost_corpus = self._expansions(self._corpus, j, self._corpus, j, FEW_COMPONENTS, add_product)
+        unique, places = np.unique(i, return_inverse=True)
+        of_queries, lost_queries = (
+            x[places]
+            for x in self._expansions(self._queries, unique, self._queries, unique, FEW_COMPONENTS, add_product)
+        )
+        dot, queries, corpus = (double_double.Double(x[:, 0], x[:, 1]) for x in (dots, of_queries, of_corpus))
+        result, share, length = double_double.one_minus_cosine(dot, queries, corpus)
+        lost = lost_queries / queries.high + lost_corpus / corpus.high + 2 * lost_dots / length
+        within = (np.minimum(queries.high, corpus.high) >= SMALLEST) & (
+            np.maximum(queries.high, corpus.high) <= 2.0**500
+        )
+        return result, within & (lost + double_double.ERROR <= NEAR_DOUBLE * share)
 
     def _distance(self, i: Array, j: Array) -> float:
         """Return the distance of one pair from whole numbers, rounded once in float64."""
@@ -404,11 +430,14 @@ class Values:
         each = pairs * self._space.n_features
         parts = slices(n, max(1, TASK_ELEMENTS // each))
         threads = thread_count() if n * each >= SMALL else 1
-        run_tasks(lambda part: kernel(*given, part.start, part.stop, *out), parts if threads > 1 else [slice(0, n)], threads)
+        run_tasks(
+            lambda part: kernel(*given, part.start, part.stop, *out), parts if threads > 1 else [slice(0, n)], threads
+        )
 
 
 class Cosine:
-    """The cosine of a query and a row by their dot product and the squared norm of the row; a larger one comes first."""
+    """The cosine of a query and a row by their dot product and the squared norm of the row; a larger one comes
+    first."""
 
     __slots__ = ("_norm", "_square")
 
@@ -533,7 +562,7 @@ def ranks_of(values: list[Any]) -> Array:
     order = sorted(range(len(values)), key=values.__getitem__)
     ranks, rank = np.empty(len(values), np.int64), 0
     for before, place in zip([order[0], *order], order, strict=False):
-        rank += not values[before] == values[place]
+        rank += values[before] != values[place]
         ranks[place] = rank
     return ranks
 
@@ -545,7 +574,9 @@ def are_apart(few: Floats, lost: Floats) -> bool:
     order = np.lexsort((few[:, 1], few[:, 0]))
     # The difference of neighbours is rounded, in the second components, by less than a share of what they hold.
     gaps = np.diff(few[order, 0]) + np.diff(few[order, 1])
-    doubt = 2 * (lost[order[1:]] + lost[order[:-1]]) + 2.0**-50 * (np.abs(few[order[1:], 1]) + np.abs(few[order[:-1], 1]))
+    doubt = 2 * (lost[order[1:]] + lost[order[:-1]]) + 2.0**-50 * (
+        np.abs(few[order[1:], 1]) + np.abs(few[order[:-1], 1])
+    )
     return bool((gaps > doubt).all())
 
 
@@ -567,12 +598,6 @@ def in_groups(items: list[int], sizes: Iterable[int], limit: int) -> Iterator[li
         total += size
     if group:
         yield group
-
-
-def rooted(high: Floats, low: Floats) -> Floats:
-    """Return the root of the sum of two numbers, the second less than a rounding of the first."""
-    root = np.sqrt(high)
-    return root + np.where(root > 0, low / (2 * np.where(root > 0, root, 1.0)), 0.0)
 
 
 def scaled(value: int, exponent: int) -> float:
@@ -608,7 +633,8 @@ def one_minus_cosine(dot: int, norms: int) -> float:
 
     Notes
     -----
-    For a positive product it is ``(norms - dot^2) / (r (r + dot))``, r the root, where nothing cancels that is not exact.
+    For a positive product it is ``(norms - dot^2) / (r (r + dot))``, r the root, where nothing cancels that is not
+    exact.
 
     Examples
     --------

@@ -124,7 +124,9 @@ KINDS = {
     "few values": lambda rows, info, rng: rng.integers(0, 3, rows.shape).astype(np.float64),
     "near": near,
     "mirrored": mirrored,
-    "multiples": lambda rows, info, rng: np.rint(equal(rows, info, rng) * 9) * 2.0 ** rng.integers(-5, 6, (len(rows), 1)),
+    "multiples": lambda rows, info, rng: (
+        np.rint(equal(rows, info, rng) * 9) * 2.0 ** rng.integers(-5, 6, (len(rows), 1))
+    ),
     "tiny": lambda rows, info, rng: rows * float(info.tiny) / 3,
     "subnormal": lambda rows, info, rng: np.rint(rows * 5) * float(info.smallest_subnormal),
     "small": lambda rows, info, rng: rows * float(info.tiny) ** 0.55,
@@ -132,6 +134,7 @@ KINDS = {
     "huge": lambda rows, info, rng: rows / np.abs(rows).max() * (float(info.max) * 0.99),
     "mixed": lambda rows, info, rng: rows * 10.0 ** rng.uniform(-12, 12, rows.shape[1]),
     "all exponents": lambda rows, info, rng: (
-        np.clip(rows, -9, 9) * 10.0 ** (0.95 * rng.uniform(np.log10(float(info.tiny)), np.log10(float(info.max)), rows.shape))
+        np.clip(rows, -9, 9)
+        * 10.0 ** (0.95 * rng.uniform(np.log10(float(info.tiny)), np.log10(float(info.max)), rows.shape))
     ),
 }

@@ -26,7 +26,10 @@ def unit_squares(queries, corpus):
     squares = {id(a): sum(x * x for x in a) for a in numbers}
     dots = [[sum(x * y for x, y in zip(a, b, strict=True)) for b in c] for a in q]
     return [
-        [max(Fraction(0), 2 - 2 * dot / root(Fraction(squares[id(a)] * squares[id(b)]))) for dot, b in zip(row, c, strict=True)]
+        [
+            max(Fraction(0), 2 - 2 * dot / root(Fraction(squares[id(a)] * squares[id(b)])))
+            for dot, b in zip(row, c, strict=True)
+        ]
         for row, a in zip(dots, q, strict=True)
     ]
 
@@ -102,7 +105,8 @@ def by_numba(rows):
 
 
 def lowest_left_out(kind, dtype, metric, n_features, backend, rng, n_corpus=60):
-    """Return, of each query, the floor of a backend, the exact value of the lowest row left out, and the largest kept."""
+    """Return, of each query, the floor of a backend, the exact value of the lowest row left out, and the largest
+    kept."""
     queries, corpus = data(kind, dtype, 4, n_corpus, n_features, rng)
     space = Space(METRICS[metric], np.dtype(dtype), n_features)
     engine = get_backend(backend)
@@ -144,8 +148,8 @@ def test_a_thousandth_of_the_gram_bound_is_exceeded(dtype, rng):
         block = engine._take_queries(queries, prepared, space)
         got = engine._block(block, prepared, space, slice(0, 60)).astype(np.float64)
         norms = block.norms.astype(np.float64)[:, None] + prepared.norms.astype(np.float64)[None]
-        errors = np.array([[float(abs(Fraction(g) - e)) for g, e in zip(*rows, strict=True)]
-                           for rows in zip(got.tolist(), exact_values(queries, corpus, "sqeuclidean"), strict=True)])  # fmt: skip
+        rows = zip(got.tolist(), exact_values(queries, corpus, "sqeuclidean"), strict=True)
+        errors = np.array([[float(abs(Fraction(g) - e)) for g, e in zip(*row, strict=True)] for row in rows])
         assert (errors <= space.gram_error * norms).all()
         exceeded |= bool((errors > space.gram_error * norms / 1000).any())
     assert exceeded

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knnbench import KNNClassifier, METRICS, bounds, exact, fastest_backend, knn, prepare
+from knnbench import METRICS, KNNClassifier, bounds, exact, fastest_backend, knn, prepare
 from knnbench.backends import get_backend
 from knnbench.backends.base import Candidates
 from knnbench.errors import InvalidInputError, OverBudgetError, UnsupportedError
 from knnbench.exact_values import Values, whole_values
 from knnbench.metrics import Space
 
+from .conftest import available
 from .exact_cases import FLOATS, KINDS, data, exact_distance, exact_neighbors, exact_values, ulps
 
 BACKENDS = ("numpy", "numba", "torch")
@@ -232,15 +233,15 @@ def test_nan_has_no_exact_neighbours():
         knn(rows, rows, 1, backend="numpy", accuracy="exact", check_finite=False)
 
 
-def test_a_backend_that_declares_nothing_is_refused(peer_that_works, rng):
+@pytest.mark.parametrize("peer", ["scipy", "sklearn", "faiss"])
+def test_a_backend_that_declares_nothing_is_refused(peer, rng):
     queries, corpus = data("normal", "float32", 2, 9, 3, rng)
-    with pytest.raises(UnsupportedError, match="lacks accuracy='exact' for float32"):
-        knn(queries, corpus, 1, backend=peer_that_works, accuracy="exact")
-
-
-@pytest.fixture(params=["scipy", "sklearn"])
-def peer_that_works(request):
-    return request.param
+    for call in (
+        lambda: knn(queries, corpus, 1, backend=available(peer), accuracy="exact"),
+        lambda: prepare(corpus, backend=available(peer), accuracy="exact"),
+    ):
+        with pytest.raises(UnsupportedError, match="lacks accuracy='exact' for float32"):
+            call()
 
 
 # Faults, planted: each must be noticed, by the search or by the tests above.
@@ -330,7 +331,7 @@ def test_an_expansion_that_lost_nothing_is_exact(kind, dtype, metric, rng):
     expected = exact_values(queries, corpus, metric)
     lossless = 0
     for components in (2, 8):
-        expansions, lost = values._expansions(values._queries, i, j, components, space.form.accumulate)
+        expansions, lost = values._expansions(values._queries, i, values._corpus, j, components, space.form.accumulate)
         for p, (parts, missing) in enumerate(zip(expansions.tolist(), lost.tolist(), strict=True)):
             if not np.isfinite(missing):
                 continue

@@ -1,9 +1,9 @@
 """What a backend is: the abstract classes that every backend implements.
 
 A class here is abstract or final: a backend implements what is abstract and overrides nothing, except
-that one with a better `Backend.linear_loss` or `Backend.candidates` may bring its own, and that one may tell more of itself for
-measuring: `Backend.operations`, `Backend.stopwatch`, `Backend.device_peak`. Which backends exist, and whether they
-work here, is the business of `knnbench.backends`.
+that one with a better `Backend.linear_loss` or `Backend.candidates` may bring its own, and that one may tell more of
+itself for measuring: `Backend.operations`, `Backend.stopwatch`, `Backend.device_peak`. Which backends exist, and
+whether they work here, is the business of `knnbench.backends`.
 """
 
 import math

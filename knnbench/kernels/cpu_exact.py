@@ -4,11 +4,12 @@
 
 `expand` gives a value as an expansion: a few float64 numbers whose sum is the value, the largest first. Differences and
 products of two numbers are exact as pairs of numbers (T. J. Dekker, A floating-point technique for extending the
-available precision, Numerische Mathematik 18, 1971; D. E. Knuth, The Art of Computer Programming 2, section 4.2.2), and a
-number is added to an expansion by passing what each addition rounds off to the next component (J. R. Shewchuk, Adaptive
-precision floating-point arithmetic and fast robust geometric predicates, Discrete & Computational Geometry 18, 1997). What
-falls out at the end is counted: where that is nothing, the value is exact. With two components this is the compensated sum
-of T. Ogita, S. M. Rump and S. Oishi (Accurate sum and dot product, SIAM Journal on Scientific Computing 26, 2005).
+available precision, Numerische Mathematik 18, 1971; D. E. Knuth, The Art of Computer Programming 2, section 4.2.2), and
+a number is added to an expansion by passing what each addition rounds off to the next component (J. R. Shewchuk,
+Adaptive precision floating-point arithmetic and fast robust geometric predicates, Discrete & Computational Geometry 18,
+1997). What falls out at the end is counted: where that is nothing, the value is exact. With two components this is the
+compensated sum of T. Ogita, S. M. Rump and S. Oishi (Accurate sum and dot product, SIAM Journal on Scientific Computing
+26, 2005).
 
 The naive form is `knnbench.exact.whole_values`, in Python's integers.
 """
@@ -45,12 +46,12 @@ class WideKernels(NamedTuple):
     Attributes
     ----------
     pairs : callable
-        ``(queries, corpus, i, j, query_scales, corpus_scales, start, stop, out)`` fills ``out[start:stop]`` with the values
-        of rows ``queries[i] * query_scales`` and ``corpus[j] * corpus_scales``; all but the rows are arrays of a number a
-        pair.
+        ``(queries, corpus, i, j, query_scales, corpus_scales, start, stop, out)`` fills ``out[start:stop]`` with the
+        values of rows ``queries[i] * query_scales`` and ``corpus[j] * corpus_scales``; all but the rows are arrays of a
+        number a pair.
     block : callable
-        ``(queries, corpus, scales, start, stop, out)`` fills ``out[:, start:stop]`` with the values of all queries, which
-        are float64, and corpus rows ``corpus[j] * scales[j]``.
+        ``(queries, corpus, scales, start, stop, out)`` fills ``out[:, start:stop]`` with the values of all queries,
+        which are float64, and corpus rows ``corpus[j] * scales[j]``.
     """
 
     pairs: Callable[..., None]
@@ -90,7 +91,15 @@ def _wide_kernels(accumulate_scalar: Callable[..., Any], vectors: Vectors) -> Wi
 
     @compile_cached(nogil=True, error_model="numpy")
     def pairs(
-        queries: Any, corpus: Any, i: Any, j: Any, query_scales: Any, corpus_scales: Any, start: Any, stop: Any, out: Any
+        queries: Any,
+        corpus: Any,
+        i: Any,
+        j: Any,
+        query_scales: Any,
+        corpus_scales: Any,
+        start: Any,
+        stop: Any,
+        out: Any,
     ) -> None:
         query, row, value = np.empty((1, queries.shape[1])), np.empty((1, queries.shape[1])), np.empty(1)
         for p in range(start, stop):
@@ -224,9 +233,9 @@ def expansion_kernel(accumulate_scalar: Callable[..., Any]) -> Callable[..., Non
     -------
     callable
         ``(queries, corpus, i, j, scale, start, stop, out, lost)`` adds to ``out[start:stop]``, zeros of shape (n_pairs,
-        n_components), at least two, the values of rows ``queries[i] * scale`` and ``corpus[j] * scale``, scale being a power
-        of two, and to ``lost[start:stop]`` bounds of what is missing. The first component is the sum of the first two,
-        rounded. NaN or infinity is lost.
+        n_components), at least two, the values of rows ``queries[i] * scale`` and ``corpus[j] * scale``, scale being a
+        power of two, and to ``lost[start:stop]`` bounds of what is missing. The first component is the sum of the first
+        two, rounded. NaN or infinity is lost.
     """
     take = TAKE[accumulate_scalar]
 
