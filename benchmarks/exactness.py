@@ -12,6 +12,7 @@ With ``--time``, times are measured side by side, in turns, in one process: the 
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from knnbench.errors import DatasetError
 from knnbench.metrics import Space, get_metric
 from knnbench.selection import lacks
 
-N_QUERIES, N_CORPUS, N_FEATURES, K = 200, 4000, 784, 10
+N_QUERIES, N_CORPUS, N_FEATURES, K = 100, 2000, 784, 10
 
 Rows = Any
 
@@ -91,6 +92,15 @@ SETS: dict[str, tuple[Callable[..., Rows], int]] = {  # and the exponent of the 
 }
 
 
+@functools.cache
+def whole_set(name: str, metric: str, n_queries: int, seed: int) -> tuple[Rows, Rows, Any]:
+    """Return queries and a corpus of integers, and the distances of all pairs."""
+    make, _ = SETS[name]
+    rows = make(np.random.default_rng(seed), (n_queries + N_CORPUS, N_FEATURES))
+    queries, corpus = rows[:n_queries], rows[n_queries:]
+    return queries, corpus, whole_values(queries, corpus, metric)
+
+
 def whole_values(queries: Rows, corpus: Rows, metric: str) -> Any:
     """Return squared or absolute distances of all pairs of rows of int64, none of which leaves that range."""
     differences = (np.abs(corpus - row) for row in queries)
@@ -119,11 +129,11 @@ def ways(dtype: str, metric: str) -> Iterator[tuple[str, str]]:
 def wrong_neighbors(dtype: str, metric: str, n_queries: int, seed: int) -> Iterator[tuple[str, ...]]:
     """Yield for each way its backend, its accuracy and the `verdict` on each set."""
     sets = {}
-    for name, (make, exponent) in SETS.items():
-        rows = make(np.random.default_rng(seed), (n_queries + N_CORPUS, N_FEATURES))
-        floats = np.ldexp(rows.astype(dtype), exponent)
-        assert (np.ldexp(floats.astype(np.float64), -exponent) == rows).all()
-        sets[name] = floats[:n_queries], floats[n_queries:], whole_values(rows[:n_queries], rows[n_queries:], metric)
+    for name, (_, exponent) in SETS.items():
+        *whole, values = whole_set(name, metric, n_queries, seed)
+        queries, corpus = (np.ldexp(rows.astype(dtype), exponent) for rows in whole)
+        assert (np.ldexp(corpus.astype(np.float64), -exponent) == whole[1]).all()
+        sets[name] = queries, corpus, values
     for backend, accuracy in ways(dtype, metric):
         verdicts = [
             verdict(knnbench.knn(queries, corpus, K, metric, backend=backend, accuracy=accuracy).indices, values)

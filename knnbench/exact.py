@@ -31,6 +31,7 @@ from knnbench.dtypes import Array
 from knnbench.exact_values import Values
 from knnbench.metrics import Space
 from knnbench.threads import limited_blas
+from knnbench.underflow import gradual_underflow
 
 __all__ = ["Certificate", "search"]
 
@@ -109,6 +110,13 @@ def search(task: Task, k: int) -> tuple[Array, Array, Certificate]:
     indices : (n_queries, k) array of int64
     certificate : Certificate
     """
+    with gradual_underflow() as was_flushed:
+        # Other threads may go on flushing. All bounds hold for that, except of unit length: scaling loses what was
+        # flushed.
+        return _search(task, k, trusts_filter=not (was_flushed and task.space.metric.unit_rows))
+
+
+def _search(task: Task, k: int, *, trusts_filter: bool) -> tuple[Array, Array, Certificate]:
     n_queries, n_corpus = len(task.queries), task.prepared.shape[0]
     count = min(k + SPARE + k // SPARE_SHARE, n_corpus)
     blocks, parts = task.query_blocks(16 * count), task.corpus_parts()
@@ -121,6 +129,8 @@ def search(task: Task, k: int) -> tuple[Array, Array, Certificate]:
     for block in slices(n_queries, step):
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # where it happens, nothing is proved by it
             selected = _select(task, block, blocks[0].stop, parts, count, values)
+        if not trusts_filter:
+            selected.floor[:] = -np.inf
         indices[block], approximate, fact = _prove(selected, block, k, values)
         owners = np.repeat(np.arange(block.start, block.stop), k)
         distances[block] = values.distances(owners, indices[block].ravel(), approximate.ravel()).reshape(-1, k)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knnbench import METRICS, KNNClassifier, bounds, exact, fastest_backend, knn, prepare
+from knnbench import METRICS, KNNClassifier, bounds, exact, fastest_backend, knn, prepare, underflow
 from knnbench.backends import get_backend
 from knnbench.backends.base import Candidates
 from knnbench.errors import InvalidInputError, OverBudgetError, UnsupportedError
@@ -231,6 +231,37 @@ def test_nan_has_no_exact_neighbours():
     rows = np.array([[1.0, np.nan], [2.0, 3.0]])
     with pytest.raises(InvalidInputError, match="NaN or infinity"):
         knn(rows, rows, 1, backend="numpy", accuracy="exact", check_finite=False)
+
+
+@pytest.fixture
+def flushing():
+    """Let this thread take subnormal numbers as zero, as some libraries do."""
+    torch = pytest.importorskip("torch")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_processor_that_flushes_subnormals_is_set_right(metric, dtype, compared_backend, flushing, rng):
+    with underflow.gradual_underflow() as was_flushed:
+        queries, corpus = data("subnormal", dtype, 4, 60, 5, rng)
+        small = float(np.finfo(dtype).tiny) * 8
+        queries[:, 0], corpus[:, 0] = small, small  # rows that are not all flushed: those are refused as zeros
+    assert was_flushed
+    found = knn(queries, corpus, 5, metric, backend=compared_backend, accuracy="exact")
+    assert underflow.flushes_subnormals()
+    with underflow.gradual_underflow():
+        assert_exact(found, queries, corpus, 5, metric)
+
+
+def test_a_processor_that_cannot_be_set_right_is_refused(flushing, monkeypatch):
+    monkeypatch.setattr(underflow, "_library", lambda: None)
+    rows = np.ones((3, 2))
+    with pytest.raises(UnsupportedError, match="set_flush_denormal"):
+        knn(rows, rows, 1, backend="numpy", accuracy="exact")
 
 
 @pytest.mark.parametrize("peer", ["scipy", "sklearn", "faiss"])
