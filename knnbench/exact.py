@@ -109,6 +109,10 @@ def search(task: Task, k: int) -> tuple[Array, Array, Certificate]:
     distances : (n_queries, k) array of `Space.output`
     indices : (n_queries, k) array of int64
     certificate : Certificate
+
+    Notes
+    -----
+    Rows on a device are copied to the host as a whole, beyond the memory budget.
     """
     with gradual_underflow() as was_flushed:
         # Other threads may go on flushing. All bounds hold for that, except of unit length: scaling loses what was
@@ -212,7 +216,7 @@ def _prove(selected: _Selected, block: slice, k: int, values: Values) -> tuple[A
         of_lists = [selected.values[row][kept] for row, kept in zip(close, near, strict=True)]
         n_settled += settle(close, lists, of_lists)
     again = np.nonzero(~is_whole)[0]
-    for some in slices(len(again), WIDE_QUERIES):
+    for some in slices(len(again), min(WIDE_QUERIES, values.group)):
         lists, of_lists = values.nearest(again[some] + block.start, k, selected.values[again[some], k - 1])
         n_settled += settle(again[some], lists, of_lists)
         n_candidates += sum(map(len, lists))

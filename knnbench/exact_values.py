@@ -29,8 +29,8 @@ PIECE_ELEMENTS = 1 << 20
 # Features of pairs that a thread takes at once, and below which a second thread is not worth starting.
 TASK_ELEMENTS, SMALL = 1 << 17, 1 << 20
 
-# Pairs whose exact values are held at once.
-EXACT_PAIRS = 1 << 17
+# Pairs whose exact values are held at once, at the most, and the bytes that one takes, of all that may be nearest too.
+EXACT_PAIRS, PAIR_BYTES = 1 << 17, 96
 
 # Components of an expansion: two hold most sums of float32, eight nearly anything.
 FEW_COMPONENTS, MANY_COMPONENTS = 2, 8
@@ -89,7 +89,12 @@ class Values:
     queries, corpus : (n, n_features) arrays
         As they were given.
     budget : int
-        Bytes that `nearest` may hold.
+        Bytes to be held at the most; one query whose distances to all rows are equal may take more.
+
+    Attributes
+    ----------
+    group : int
+        Queries that `nearest` may be asked for together.
     """
 
     def __init__(self, space: Space, queries: Any, corpus: Any, budget: int) -> None:
@@ -98,6 +103,8 @@ class Values:
         self._scale = 1.0  # a power of two that all rows are multiplied by
         self._is_exact = False  # whether float64 values are
         self._was_searched = False
+        self._pairs = max(1, min(EXACT_PAIRS, budget // PAIR_BYTES))
+        self.group = max(1, budget // (PAIR_BYTES * len(self._corpus)))
 
     def interval(self, values: Floats) -> tuple[Floats, Floats]:
         """Return between which values the exact ones lie of which float64 has these."""
@@ -161,7 +168,7 @@ class Values:
     def _not_above(self, values: Floats, limit: float) -> Array:
         """Return the places of all values whose interval may begin at a limit or below, and of some others."""
         # Intervals grow with their values, so that one looked at is enough to leave out all above it.
-        most = limit * (1 + 1e-9)
+        most = limit * (1 + 1e-9) + SMALLEST
         if np.isfinite(most) and self.interval(np.array([most]))[0][0] > limit:
             return np.nonzero(~(values >= most))[0]
         return np.arange(len(values))
@@ -203,7 +210,7 @@ class Values:
                 nearest[q], found[q] = indices[order[:k]], approximate[order[:k]]
             else:
                 close.append(q)
-        for some in in_groups(close, [len(lists[q]) for q in close], EXACT_PAIRS):
+        for some in in_groups(close, [len(lists[q]) for q in close], self._pairs):
             ranks = self._ranks(i[some], [lists[q] for q in some], [values[q] for q in some])
             for q, rank in zip(some, ranks, strict=True):
                 order = np.lexsort((lists[q], rank))[:k]
@@ -219,7 +226,7 @@ class Values:
         values : (n_pairs,) array of float64
         """
         result = np.empty(len(i), self._space.output)
-        for some in slices(len(i), EXACT_PAIRS):
+        for some in slices(len(i), self._pairs):
             result[some] = self._distances(i[some], j[some], values[some])
         return result
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -146,6 +147,21 @@ def test_the_answer_does_not_depend_on_blocks_threads_or_the_backend(compared_ba
         found = knn(queries, corpus, 5, backend=compared_backend, accuracy="exact", memory_budget=budget)
         np.testing.assert_array_equal(found.indices, expected.indices)
         np.testing.assert_array_equal(found.distances, expected.distances)
+
+
+@pytest.mark.parametrize("kind", ["equal", "few values", "near"])
+def test_the_budget_holds(kind, rng):
+    queries, corpus = data(kind, "float32", 60, 20_000, 8, rng)
+    knn(queries[:1], corpus, 3, backend="numba", accuracy="exact")  # compiles
+    budget = 16 << 20
+    tracemalloc.start()
+    try:
+        found = knn(queries, corpus, 3, backend="numba", accuracy="exact", memory_budget=budget)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < budget + sum(array.nbytes for array in found)
+    assert found.certificate.searched_again > 0
 
 
 def test_a_budget_that_holds_nothing_is_refused(rng):
