@@ -28,7 +28,7 @@ from knnbench.errors import DatasetError
 from knnbench.metrics import Space, get_metric
 from knnbench.selection import lacks
 
-N_QUERIES, N_CORPUS, N_FEATURES, K = 100, 2000, 784, 10
+N_QUERIES, N_CORPUS, N_FEATURES, K = 300, 2000, 784, 10
 
 Rows = Any
 

@@ -1,5 +1,6 @@
 """The neighbours of exact arithmetic on floats, proved: ``accuracy="exact"``.
 
+0. Rows so large or small that squares could leave the range are multiplied by a power of two, where that is exact.
 1. The backend's fast search gives a few more candidates than are asked for, and a floor that the exact value of no
    other row is below (`knnbench.backends.base.Candidates`).
 2. The values of the candidates are computed in float64, each within a known interval of the exact one
@@ -24,12 +25,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from knnbench import interchange
 from knnbench.backends.base import Backend, Native
-from knnbench.blocking import block_shape, slices
+from knnbench.blocking import block_shape, chunk_rows, slices
 from knnbench.bounds import Floats
 from knnbench.dtypes import Array
-from knnbench.exact_values import Values
-from knnbench.metrics import Space
+from knnbench.exact_values import Values, degree
+from knnbench.metrics import Space, square_root
 from knnbench.threads import limited_blas
 from knnbench.underflow import gradual_underflow
 
@@ -41,6 +43,9 @@ SPARE, SPARE_SHARE = 8, 8
 
 # Bytes held for a candidate: index and value, and both once more while they are sorted.
 CANDIDATE_BYTES = 120
+
+# Rows that show how large all may be.
+SAMPLE = 256
 
 # Queries that are searched again together, so that a corpus row is read once for all of them.
 WIDE_QUERIES = 64
@@ -124,6 +129,7 @@ def _search(task: Task, k: int, *, trusts_filter: bool) -> tuple[Array, Array, C
     n_queries, n_corpus = len(task.queries), task.prepared.shape[0]
     count = min(k + SPARE + k // SPARE_SHARE, n_corpus)
     blocks, parts = task.query_blocks(16 * count), task.corpus_parts()
+    task = _in_range(task)
     share = task.budget_left // 4
     task.budget_left -= share
     step, _ = block_shape(n_queries, 1, budget=share // 2, per_pair=CANDIDATE_BYTES * count, max_queries=n_queries)
@@ -146,7 +152,91 @@ def _search(task: Task, k: int, *, trusts_filter: bool) -> tuple[Array, Array, C
         sum(fact.searched_again for fact in facts),
         sum(fact.settled for fact in facts),
     )
-    return distances, indices, certificate
+    return (task.unscaled(distances) if isinstance(task, _Scaled) else distances), indices, certificate
+
+
+@dataclass(slots=True)
+class _Corpus:
+    rows: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many rows, and their length."""
+        return len(self.rows), self.rows.shape[1]
+
+
+@dataclass(slots=True)
+class _Scaled:
+    """A task on rows multiplied by a power of two."""
+
+    engine: Backend
+    space: Space
+    queries: Array
+    prepared: _Corpus
+    budget_left: int
+    scale: float
+
+    def query_blocks(self, answer_bytes: int) -> list[slice]:
+        """Return one block."""
+        return [slice(0, len(self.queries))]
+
+    def corpus_parts(self) -> list[slice]:
+        """Return one part."""
+        return [slice(0, len(self.prepared.rows))]
+
+    def native(self, block: slice) -> Native:
+        """Return a block of queries as the backend's own array."""
+        return self.engine.to_native(self.queries[block], self.space.dtype)
+
+    def packed(self, part: slice) -> Any:
+        """Return a part of the corpus in the backend's own form."""
+        return self.engine.prepare(self.engine.to_native(self.prepared.rows[part], self.space.dtype), self.space)
+
+    def unscaled(self, distances: Array) -> Array:
+        """Return the distances of the rows as they were given."""
+        form, result = self.space.form, distances.astype(np.float64)
+        with np.errstate(over="ignore", under="ignore"):
+            for _ in range(1 if form.finish is square_root else degree(form.accumulate)):
+                result /= self.scale
+            return result.astype(self.space.output)
+
+
+def _in_range(task: Task) -> Task:
+    """Return a task on rows so scaled that no square leaves the range of the dtype; as it is where that changes
+    nothing.
+
+    The power of two is chosen by some rows; if it is not exact for all, or the budget too small for the copies, the
+    task is left to the slower steps.
+    """
+    limit = int(np.finfo(task.space.dtype).maxexp) // 3
+    given = task.queries, task.prepared.rows
+    largest = max(float(np.abs(interchange.to_host(rows[:SAMPLE]).astype(task.space.dtype)).max()) for rows in given)
+    exponent = math.frexp(largest)[1]
+    n_bytes = sum(len(rows) for rows in given) * task.space.n_features * task.space.dtype.itemsize
+    is_needed = abs(exponent) > limit and 0 < largest < math.inf and not task.space.metric.unit_rows
+    if not is_needed or n_bytes > task.budget_left // 2:
+        return task
+    # A power of two above the range would be needed for the smallest numbers; a smaller one will do.
+    scale = math.ldexp(1.0, max(-3 * limit + 8, min(3 * limit - 8, -exponent)))
+    queries, corpus = (_times(rows, scale, 2.0**limit, task.space) for rows in given)
+    if queries is None or corpus is None:
+        return task
+    return _Scaled(task.engine, task.space, queries, _Corpus(corpus), task.budget_left - n_bytes, scale)
+
+
+def _times(rows: Any, scale: float, most: float, space: Space) -> Array | None:
+    """Return rows on the host multiplied by a power of two, None if that is not exact or one becomes too large."""
+    host, factor = interchange.to_host(rows), space.dtype.type(scale)
+    result: Array = np.empty(host.shape, space.dtype)
+    for part in slices(len(host), chunk_rows(space.n_features)):
+        with np.errstate(over="ignore", under="ignore"):
+            given = host[part].astype(space.dtype, copy=False)
+            np.multiply(given, factor, out=result[part])
+            # What is lifted keeps all its digits.
+            is_exact = scale > 1 or bool((result[part] / factor == given).all())
+        if not is_exact or not np.abs(result[part]).max() <= most:
+            return None
+    return result
 
 
 @dataclass(slots=True)

@@ -38,9 +38,6 @@ FEW_COMPONENTS, MANY_COMPONENTS = 2, 8
 # Squared lengths, and values, of which neither overflow nor underflow took a digit.
 SMALLEST, LARGEST = 2.0**-800, 2.0**1000
 
-# Float64 rows whose squares could leave the range are scaled to about this size, and none beyond the largest.
-SCALED_EXPONENT, LARGEST_SCALED = 300, 2.0**440
-
 # Rows that show how all may be, and queries from which it pays to look at all.
 SAMPLE, MANY_QUERIES = 256, 16
 
@@ -100,7 +97,6 @@ class Values:
     def __init__(self, space: Space, queries: Any, corpus: Any, budget: int) -> None:
         self._space, self._budget = space, budget
         self._queries, self._corpus = Rows(queries, space.dtype), Rows(corpus, space.dtype)
-        self._scale = 1.0  # a power of two that all rows are multiplied by
         self._is_exact = False  # whether float64 values are
         self._was_searched = False
         self._pairs = max(1, min(EXACT_PAIRS, budget // PAIR_BYTES))
@@ -150,7 +146,7 @@ class Values:
         scales = self._scales(rows, places)
         queries = rows[places].astype(np.float64) * scales[:, None]
         lists, kept = [np.empty(0, np.int64) for _ in i], [np.empty(0) for _ in i]
-        most = np.where(self._scale == 1, self.interval(known)[1], np.inf)  # what was known is of unscaled rows
+        most = self.interval(known)[1]
         step = max(1, min(self._corpus.piece, self._budget // (8 * (n_queries + 12))))
         for part in slices(len(self._corpus), step):
             corpus, width = self._corpus.part(part), part.stop - part.start
@@ -291,7 +287,7 @@ class Values:
         accumulate = self._space.form.accumulate
         many, lost = self._expansions(self._queries, i, self._corpus, j, MANY_COMPONENTS, accumulate)
         if (lost == 0).all():
-            return whole_numbers(many), UNIT_EXPONENT - degree(accumulate) * (math.frexp(self._scale)[1] - 1)
+            return whole_numbers(many), UNIT_EXPONENT
         return whole_values(accumulate, *self._pair_rows(i, j))
 
     def _pair_rows(self, i: Array, j: Array) -> tuple[Array, Array]:
@@ -310,7 +306,7 @@ class Values:
         for some in slices(len(i), self._piece(len(i))):
             queries, rows = left.at(i[some])
             corpus, columns = right.at(j[some])
-            self._run(kernel, len(rows), (queries, corpus, rows, columns, self._scale), (result[some], lost[some]))
+            self._run(kernel, len(rows), (queries, corpus, rows, columns), (result[some], lost[some]))
         return result, lost
 
     def _distances(self, i: Array, j: Array, values: Floats) -> Array:
@@ -339,9 +335,8 @@ class Values:
         good = (lost <= NEAR_DOUBLE * high) & (high >= SMALLEST) & (high <= LARGEST)
         good |= (high == 0) & (lost == 0)
         if form.finish is square_root:
-            return double_double.root(double_double.Double(high, low)).high / self._scale, good
-        result = form.finish(np, high) / self._scale
-        return (result / self._scale if degree(form.accumulate) == 2 else result), good
+            return double_double.root(double_double.Double(high, low)).high, good
+        return form.finish(np, high), good
 
     def _from_dots(self, i: Array, j: Array) -> tuple[Array, Array]:
         """Return cosine distances in float64 from two components of the products, and which are as near as they must
@@ -378,7 +373,7 @@ class Values:
     def _scales(self, rows: Array, index: Array) -> Floats:
         """Return what rows are multiplied by: 1 over their lengths for cosine, and 0 where that is out of reach."""
         if not self._space.metric.unit_rows:
-            return np.full(len(index), self._scale)
+            return np.ones(len(index))
         from knnbench.kernels.cpu_exact import squared_norms
 
         squares = np.empty(len(index))
@@ -387,32 +382,18 @@ class Values:
         return np.where(within, 1 / np.sqrt(np.where(within, squares, 1.0)), 0.0)
 
     def _look(self, n_queries: int) -> None:
-        """Choose a scale, and see whether float64 values are exact; what some rows suggest must hold for all."""
-        if self._was_searched or self._space.metric.unit_rows:
+        """See whether float64 values are exact; what some rows suggest must hold for all."""
+        if self._was_searched or self._space.metric.unit_rows or n_queries < MANY_QUERIES:
             return
         self._was_searched = True
-        some = [rows.part(slice(0, min(len(rows), SAMPLE))) for rows in (self._queries, self._corpus)]
-        largest = max(float(np.abs(rows).max()) for rows in some)
-        exponent = math.frexp(largest)[1]
-        if self._space.dtype == np.float64 and 0 < largest < math.inf and abs(exponent) > SCALED_EXPONENT:
-            # In two steps, because a power of two that lifts the smallest numbers is none that float64 has.
-            scale = math.ldexp(1.0, max(-1000, min(1000, SCALED_EXPONENT - exponent)))
-            inverse = 1 / scale
-
-            def is_scaled(part: Array) -> Any:
-                moved = part * scale
-                return ((moved * inverse == part) & (np.abs(moved) < LARGEST_SCALED)).all()
-
-            self._scale = scale if self._holds(is_scaled) else 1.0
-        elif n_queries >= MANY_QUERIES:
-            form, n_features = self._space.form, self._space.n_features
-            bits = 0 if form.reduce is max else n_features.bit_length()
-            width = 2.0 ** ((53 - bits) // degree(form.accumulate) - 1)
-            unit = min(lowest_bit(rows) for rows in some)
-            if 2.0**-400 < unit < 2.0**400:
-                # Differences are then below twice this many units, their squares and sums whole numbers below 2**53.
-                inverse = 1 / unit
-                self._is_exact = self._holds(lambda part: is_whole(part.astype(np.float64) * inverse, width))
+        form, n_features = self._space.form, self._space.n_features
+        bits = 0 if form.reduce is max else n_features.bit_length()
+        width = 2.0 ** ((53 - bits) // degree(form.accumulate) - 1)
+        unit = min(lowest_bit(rows.part(slice(0, min(len(rows), SAMPLE)))) for rows in (self._queries, self._corpus))
+        if 2.0**-400 < unit < 2.0**400:
+            # Differences are then below twice this many units, their squares and sums whole numbers below 2**53.
+            inverse = 1 / unit
+            self._is_exact = self._holds(lambda part: is_whole(part.astype(np.float64) * inverse, width))
 
     def _holds(self, condition: Callable[[Array], Any]) -> bool:
         """Return whether something is so for all rows, a piece at a time."""

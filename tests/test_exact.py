@@ -224,6 +224,19 @@ def test_each_step_is_taken_where_it_is_needed(rng):
     assert (certificate.searched_again, certificate.settled) == (6, 0)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean", "cityblock", "chebyshev"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", ["small", "tiny", "big", "huge"])
+def test_rows_out_of_range_are_scaled_and_not_searched_again(kind, dtype, metric, compared_backend, rng):
+    queries, corpus = data(kind, dtype, 6, 200, 12, rng)
+    found = knn(queries, corpus, 3, metric, backend=compared_backend, accuracy="exact")
+    assert found.certificate.searched_again == 0
+    assert_exact(found, queries, corpus, 3, metric)
+    corpus[-1], corpus[-2, 0] = 1.0, np.finfo(dtype).smallest_subnormal  # which no sample shows, and no scale fits
+    found = knn(queries, corpus, 3, metric, backend=compared_backend, accuracy="exact")
+    assert_exact(found, queries, corpus, 3, metric)
+
+
 def test_auto_and_the_choice_give_it(rng):
     queries, corpus = data("far", "float32", 4, 60, 5, rng)
     found = knn(queries, corpus, 2, accuracy="exact")

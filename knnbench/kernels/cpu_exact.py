@@ -232,22 +232,19 @@ def expansion_kernel(accumulate_scalar: Callable[..., Any]) -> Callable[..., Non
     Returns
     -------
     callable
-        ``(queries, corpus, i, j, scale, start, stop, out, lost)`` adds to ``out[start:stop]``, zeros of shape (n_pairs,
-        n_components), at least two, the values of rows ``queries[i] * scale`` and ``corpus[j] * scale``, scale being a
-        power of two, and to ``lost[start:stop]`` bounds of what is missing. The first component is the sum of the first
-        two, rounded. NaN or infinity is lost.
+        ``(queries, corpus, i, j, start, stop, out, lost)`` adds to ``out[start:stop]``, zeros of shape (n_pairs,
+        n_components), at least two, the values of rows ``queries[i]`` and ``corpus[j]``, and to ``lost[start:stop]``
+        bounds of what is missing. The first component is the sum of the first two, rounded. NaN or infinity is lost.
     """
     take = TAKE[accumulate_scalar]
 
     @compile_cached(nogil=True, error_model="numpy")
-    def expand(
-        queries: Any, corpus: Any, i: Any, j: Any, scale: Any, start: Any, stop: Any, out: Any, lost: Any
-    ) -> None:
+    def expand(queries: Any, corpus: Any, i: Any, j: Any, start: Any, stop: Any, out: Any, lost: Any) -> None:
         for p in range(start, stop):
             a, b = i[p], j[p]
             total = 0.0
             for f in range(queries.shape[1]):
-                total += take(out, p, np.float64(queries[a, f]) * scale, np.float64(corpus[b, f]) * scale)
+                total += take(out, p, np.float64(queries[a, f]), np.float64(corpus[b, f]))
             out[p, 0], out[p, 1] = two_sum(out[p, 0], out[p, 1])
             # Of a term that was counted, a rounding at the most is not in the count.
             lost[p] += 2 * total
