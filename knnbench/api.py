@@ -6,7 +6,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
-from knnbench import interchange, selection
+from knnbench import exact, interchange, selection
 from knnbench.backends import get_backend
 from knnbench.backends.base import Backend, Native, scan_rows
 from knnbench.blocking import block_shape, check_budget, require_memory, slices
@@ -37,6 +37,8 @@ class Neighbors(tuple[Any, Any]):
         rounding made them so (two squared distances can have one float32 root).
     backend : str
         The backend that computed them.
+    certificate : knnbench.exact.Certificate or None
+        With ``accuracy="exact"``: how they were proved.
     passed_over : dict of str to str
         With ``backend="auto"``: the backends that the choice passed over, and why.
 
@@ -48,19 +50,28 @@ class Neighbors(tuple[Any, Any]):
     """
 
     backend: str
+    certificate: exact.Certificate | None
     passed_over: dict[str, str]
 
     def __new__(
-        cls, distances: Any, indices: Any, *, backend: str = "", passed_over: dict[str, str] | None = None
+        cls,
+        distances: Any,
+        indices: Any,
+        *,
+        backend: str = "",
+        certificate: exact.Certificate | None = None,
+        passed_over: dict[str, str] | None = None,
     ) -> "Neighbors":
         """Make the pair."""
         self = super().__new__(cls, (distances, indices))
         self.backend = backend
+        self.certificate = certificate
         self.passed_over = passed_over or {}
         return self
 
     def __getnewargs_ex__(self) -> tuple[tuple[Any, Any], dict[str, Any]]:
-        return tuple(self), {"backend": self.backend, "passed_over": self.passed_over}
+        facts = {"backend": self.backend, "certificate": self.certificate, "passed_over": self.passed_over}
+        return tuple(self), facts
 
     @property
     def distances(self) -> Any:
@@ -234,7 +245,9 @@ def knn(
         As for `pairwise`.
     accuracy : {"fast", "exact"}, optional
         That of a `Prepared` corpus, otherwise ``"fast"``: the backend's native arithmetic. ``"exact"``: the
-        neighbours are those of exact arithmetic on the given values, which holds for uint8 on every own backend.
+        neighbours are those of exact arithmetic on the values, as they are in the dtype computed in, and float
+        distances are within one unit in the last place. Own backends have it for every dtype and metric;
+        `Neighbors.certificate` tells how it was proved.
 
     Returns
     -------
@@ -256,6 +269,8 @@ def knn(
     """
     task = _enter(queries, corpus, check_count("k", k), metric, backend, accuracy, memory_budget, check_finite)
     k = check_k(k, task.prepared.shape[0])
+    if task.accuracy == "exact" and not task.space.is_integer:
+        return task.neighbors(*exact.search(task, k))
     blocks, parts = task.query_blocks(k * (task.space.ranked.itemsize + 8)), task.corpus_parts()
     ranked: Any = None
     indices: Any = None
@@ -266,13 +281,8 @@ def knn(
             found = _search(task, blocks, part, min(k, part.stop - part.start))
             ranked, indices = found if ranked is None else merge_topk((ranked, indices), found, k)
         ranked = task.engine.to_native(ranked, ranked.dtype)
-    distances = task.engine.finish(ranked, task.space)
-    return Neighbors(
-        task.answer(distances),
-        task.answer(indices),
-        backend=task.prepared.backend,
-        passed_over=task.prepared.passed_over,
-    )
+    certificate = exact.Certificate("integers", float(k)) if task.accuracy == "exact" else None
+    return task.neighbors(task.engine.finish(ranked, task.space), indices, certificate)
 
 
 def prepare(corpus: Any, metric: str = "euclidean", *, backend: str = "auto", accuracy: Accuracy = "fast") -> Prepared:
@@ -390,6 +400,7 @@ class _Task:
     space: Space
     queries: Any
     prepared: Prepared
+    accuracy: Accuracy
     is_resident: bool  # the corpus came prepared, so it is not held by this call
     budget: int
     budget_left: int = 0
@@ -455,6 +466,16 @@ class _Task:
         with limited_blas():
             return self.engine.knn(self.native(block), packed, k, self.space, self.budget_left)
 
+    def neighbors(self, distances: Native, indices: Native, certificate: exact.Certificate | None) -> Neighbors:
+        """Return what `knn` does."""
+        return Neighbors(
+            self.answer(distances),
+            self.answer(indices),
+            backend=self.prepared.backend,
+            certificate=certificate,
+            passed_over=self.prepared.passed_over,
+        )
+
     def answer(self, native: Native) -> Any:
         """Return an answer on the host, or in an array of the queries' library if they live on a device."""
         if self._is_host:
@@ -500,7 +521,7 @@ def _enter(
         _check_supported(prepared.backend, engine, space, accuracy)
     _check_device(queries, "queries", prepared.backend, engine)
     _check_values(queries, "queries", engine, space.metric, check_finite)
-    return _Task(engine, space, queries, prepared, isinstance(corpus, Prepared), budget)
+    return _Task(engine, space, queries, prepared, accuracy, isinstance(corpus, Prepared), budget)
 
 
 def _prepared(

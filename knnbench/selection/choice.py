@@ -159,7 +159,8 @@ def fastest_backend(
     dtype : dtype
         Of the data; what is computed as another (float16, integers) is asked for as that.
     accuracy : {"fast", "exact"}
-        As for `knnbench.knn`.
+        As for `knnbench.knn`. Times are those of the fast search, which on ordinary data are those of the exact one,
+        too.
     max_error : float, optional
         The largest error allowed, max |d - d_ref| / max d_ref, on ordinary data and on data far from the origin.
     calls : int
