@@ -103,6 +103,9 @@ class Record:
     floor_s, bound : float or None, str
         The least seconds that a call can take on this machine, and the ceiling that says so
         (`knnbench.measure.ceilings`); None where the backend does not tell which operations it does.
+    operations, ceilings : dict of str to float
+        By the names of probes: the operations, or bytes, that one timed call takes at the least, and how many of each
+        this machine does in a second, that of reading memory too. Empty where the backend does not tell.
     peak_bytes, peak_device_bytes : int or None
         Most memory held during the timed calls beyond what was held before them: resident on the host, and
         on the device.
@@ -147,6 +150,8 @@ class Record:
     n_checked: int = 0
     floor_s: float | None = None
     bound: str = ""
+    operations: dict[str, float] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
     peak_device_bytes: int | None = None
     contention: float | None = None
