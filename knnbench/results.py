@@ -19,7 +19,8 @@ import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin
 
 from knnbench.errors import InvalidInputError
 
@@ -320,11 +321,47 @@ def parse_records(lines: Iterable[str], where: str, first_line: int = 1) -> Iter
                     f"{SCHEMA_VERSION}: upgrade it to read the file."
                 )
             data = _from_version_1(data) if data["schema"] == 1 else data
-            yield Record(**{name: value for name, value in data.items() if name in known})
+            record = Record(**{name: value for name, value in data.items() if name in known})
+            _check_values(record)
+            yield record
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, InvalidInputError):
                 raise
             raise InvalidInputError(f"{where} line {number} is not a knnbench record: {error}.") from None
+
+
+def _check_values(record: Record) -> None:
+    """Refuse values that no measurement can have, so that what reads a record need not look at them again.
+
+    Raises
+    ------
+    ValueError
+        The text gives the field, its value and what was expected.
+    """
+    for entry in fields(Record):
+        value = getattr(record, entry.name)
+        kind: Any = entry.type if isinstance(entry.type, UnionType) else get_origin(entry.type) or entry.type
+        # JSON of other writers has 1 for 1.0, and a bool is no number here.
+        is_number = isinstance(value, int) and not isinstance(value, bool) and kind in (float, float | None)
+        if not (isinstance(value, kind) or is_number) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{entry.name} is {value!r}; expected {getattr(kind, '__name__', kind)}")
+    sizes = {name: getattr(record, name) for name in ("n_queries", "n_corpus", "n_features")}
+    for name, size in sizes.items():
+        if size < 0:
+            raise ValueError(f"{name} is {size}; expected a number from 0 on")
+    for phase, samples in record.phases.items():
+        if not isinstance(samples, list) or not all(_is_duration(seconds) for seconds in samples):
+            raise ValueError(f"phases[{phase!r}] is {samples!r}; expected a list of seconds")
+    for name in ("operations", "ceilings"):
+        if not all(_is_duration(value) for value in getattr(record, name).values()):
+            raise ValueError(f"{name} is {getattr(record, name)!r}; expected numbers from 0 on")
+    gpus = record.machine.get("gpus") or []
+    if not isinstance(gpus, list) or not all(isinstance(gpu, dict) for gpu in gpus):
+        raise ValueError(f"machine['gpus'] is {gpus!r}; expected a list of objects")
+
+
+def _is_duration(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
