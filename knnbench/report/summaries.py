@@ -1,0 +1,307 @@
+"""What a report shows of records: panels of backends that were measured side by side, and a summary of each cell.
+
+A panel is one case in one run on one machine, because only there backends took turns, so that their ratios hold. A
+summary keeps the median and its interval, never the samples.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from knnbench.datasets import ADVERSARIAL_KINDS
+from knnbench.errors import InvalidInputError
+from knnbench.measure.comparison import commit_name, indistinguishable, machine_name, noise
+from knnbench.results import Record
+
+__all__ = ["Panel", "Summary", "default_baseline", "newest_panels", "panels_of", "titles_of"]
+
+# Ratios are against the first of these that was measured.
+BASELINES = ("numpy", "sklearn", "scipy", "faiss", "python")
+
+ITEM_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One backend on one case in one run, as it is shown.
+
+    Attributes
+    ----------
+    backend, status, reason : str
+    peer, complete : bool
+    rank : int or None
+        From 1 on, by time, of those that are ok; None for others.
+    is_fastest : bool
+        Whether it is the fastest or cannot be told from it.
+    query_s, low_s, high_s : float or None
+        Median seconds for a query against the whole corpus, and its interval.
+    queries_per_s : float or None
+        1 / `query_s`.
+    n_samples : int
+        Timed calls.
+    measured_queries, measured_corpus : int
+        Rows in each of them.
+    error, recall : float or None
+    limit_share : float or None
+        The least time that the machine allows, divided by the time taken.
+    bound : str
+        Of the ceilings, the one that says so.
+    rate : float or None
+        Features of pairs a second.
+    intensity : float
+        Features of pairs for each byte of the queries, the corpus and the answer, each moved once.
+    limit_rate, memory_rate : float or None
+        Features of pairs a second that `bound` allows; bytes a second that memory gives.
+    import_s, prepare_s, first_call_s, copy_in_s, call_s, compute_s, copy_out_s : float or None
+        Medians of the phases.
+    peak_bytes, peak_device_bytes : int or None
+    contention : float or None
+    library : str
+        Version.
+    """
+
+    backend: str
+    status: str
+    reason: str
+    peer: bool
+    complete: bool
+    rank: int | None
+    is_fastest: bool
+    query_s: float | None
+    low_s: float | None
+    high_s: float | None
+    queries_per_s: float | None
+    n_samples: int
+    measured_queries: int
+    measured_corpus: int
+    error: float | None
+    recall: float | None
+    limit_share: float | None
+    bound: str
+    rate: float | None
+    intensity: float | None
+    limit_rate: float | None
+    memory_rate: float | None
+    import_s: float | None
+    prepare_s: float | None
+    first_call_s: float | None
+    copy_in_s: float | None
+    call_s: float | None
+    compute_s: float | None
+    copy_out_s: float | None
+    peak_bytes: int | None
+    peak_device_bytes: int | None
+    contention: float | None
+    library: str
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of the fields."""
+        return [entry.name for entry in fields(cls)]
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """The backends on one case in one run on one machine, the fastest first.
+
+    Attributes
+    ----------
+    op, metric, dataset, dtype : str
+    k : int or None
+    n_queries, n_corpus, n_features, threads : int
+    machine, commit, version, run, started : str
+    is_adversarial : bool
+        Whether the data are made to be hard to compute with.
+    noise : float or None
+        `knnbench.measure.comparison.noise` of it.
+    is_newest : bool
+        Whether no later run has the same case on the same machine with as many threads.
+    facts : dict
+        Of the machine.
+    libraries : dict of str to str
+        Versions that its processes had loaded.
+    cells : list of Summary
+    """
+
+    op: str
+    metric: str
+    dataset: str
+    dtype: str
+    k: int | None
+    n_queries: int
+    n_corpus: int
+    n_features: int
+    threads: int
+    machine: str
+    commit: str
+    version: str
+    run: str
+    started: str
+    is_adversarial: bool
+    noise: float | None
+    is_newest: bool
+    facts: dict[str, Any]
+    libraries: dict[str, str]
+    cells: list[Summary]
+
+    @property
+    def size(self) -> str:
+        """The shape, for a reader."""
+        return f"{self.n_queries:,} x {self.n_corpus:,} x {self.n_features:,}"
+
+
+def panels_of(records: Iterable[Record]) -> list[Panel]:
+    """Return the panels of some records, of any number of files, ordered by case, the newest run of each first.
+
+    Raises
+    ------
+    InvalidInputError
+        If a record is ok with times or sizes that cannot be.
+    """
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.case, machine_name(record), record.threads, record.run), []).append(record)
+    newest: dict[tuple[Any, ...], str] = {}
+    for (case, machine, threads, _), group in groups.items():
+        place = case, machine, threads
+        newest[place] = max(newest.get(place, ""), _started(group))
+    found, seen = [], set()
+    # From the end, so that of runs which began in the same second the last in the file is the newest.
+    for (case, machine, threads, _), group in reversed(groups.items()):
+        place = case, machine, threads
+        is_newest = place not in seen and _started(group) == newest[place]
+        if is_newest:
+            seen.add(place)
+        found.append(_panel(group, is_newest))
+    found.sort(key=lambda panel: panel.started, reverse=True)
+    return sorted(found, key=_case_order)
+
+
+def newest_panels(panels: Sequence[Panel]) -> list[Panel]:
+    """Return, of each case, machine and number of threads, the panel of the newest run."""
+    return [panel for panel in panels if panel.is_newest]
+
+
+def default_baseline(panels: Iterable[Panel]) -> str:
+    """Return the backend that ratios are against where none is named; empty if nothing was measured."""
+    measured = {cell.backend: None for panel in panels for cell in panel.cells if cell.rank}
+    return next((name for name in (*BASELINES, *measured) if name in measured), "")
+
+
+def titles_of(panels: Sequence[Panel]) -> tuple[str, list[str]]:
+    """Return what all panels share, and of each what tells it from the others."""
+    parts = {
+        "op": lambda panel: panel.op,
+        "metric": lambda panel: panel.metric,
+        "dtype": lambda panel: panel.dtype,
+        "dataset": lambda panel: panel.dataset,
+        "size": lambda panel: panel.size,
+        "k": lambda panel: f"k={panel.k}" if panel.k else "",
+        "threads": lambda panel: f"{panel.threads} thread{'s' if panel.threads != 1 else ''}",
+        "machine": lambda panel: panel.machine,
+        "run": lambda panel: panel.started or panel.run,
+    }
+    shared, varying = [], []
+    for name, text in parts.items():
+        is_shared = len({text(panel) for panel in panels}) == 1
+        # A metric and a dtype are what a panel is called, alone too.
+        (shared if is_shared and name not in ("metric", "dtype") else varying).append(text)
+    titles = [", ".join(filter(None, (text(panel) for text in varying))) for panel in panels]
+    return ", ".join(filter(None, (text(panels[0]) for text in shared))) if panels else "", titles
+
+
+def _case_order(panel: Panel) -> tuple[Any, ...]:
+    sizes = panel.n_features, panel.n_corpus, panel.n_queries, panel.k or 0, panel.threads
+    return panel.op, panel.dataset, panel.metric, panel.dtype, *sizes, panel.machine
+
+
+def _started(group: Sequence[Record]) -> str:
+    return max(record.started for record in group)
+
+
+def _panel(group: list[Record], is_newest: bool) -> Panel:
+    # What comes later in a file is newer: a run that went on, or the same file given twice.
+    cells = {record.backend: record for record in group if not record.twin}
+    shown = [*cells.values(), *{record.backend: record for record in group if record.twin}.values()]
+    try:
+        fastest, difference = indistinguishable(shown), noise(shown)
+        good = [cell for cell in cells.values() if cell.status == "ok" and cell.seconds_per_pair is not None]
+    except ZeroDivisionError:
+        raise InvalidInputError(f"records of {group[0].case} have times and sizes of 0.") from None
+    good.sort(key=lambda cell: cell.seconds_per_pair or 0.0)
+    ranks = {cell.backend: rank for rank, cell in enumerate(good, 1)}
+    others = [cell for cell in cells.values() if cell.backend not in ranks]
+    first = group[0]
+    return Panel(
+        op=first.op,
+        metric=first.metric,
+        dataset=first.dataset,
+        dtype=first.dtype,
+        k=first.k,
+        n_queries=first.n_queries,
+        n_corpus=first.n_corpus,
+        n_features=first.n_features,
+        threads=first.threads,
+        machine=machine_name(first),
+        commit=commit_name(first),
+        version=first.version,
+        run=first.run,
+        started=_started(group),
+        is_adversarial=first.dataset.rpartition(":")[2] in ADVERSARIAL_KINDS,
+        noise=difference,
+        is_newest=is_newest,
+        facts=first.machine,
+        libraries={name: str(text) for record in group for name, text in record.libraries.items()},
+        cells=[_summary(cell, ranks.get(cell.backend), cell.backend in fastest) for cell in (*good, *others)],
+    )
+
+
+def _summary(cell: Record, rank: int | None, is_fastest: bool) -> Summary:
+    median, interval = cell.median_s, cell.interval_s
+    is_timed = median is not None and interval is not None and cell.pair_features > 0
+    # From a call to a query against the whole corpus, where only a part of it was measured.
+    scale = cell.n_corpus * cell.n_features / cell.pair_features if is_timed else math.nan
+    query_s = median * scale if is_timed else None
+    rate = cell.pair_features / median if is_timed else None
+    return Summary(
+        backend=cell.backend,
+        status=cell.status,
+        reason=cell.reason,
+        peer=cell.peer,
+        complete=cell.complete,
+        rank=rank,
+        is_fastest=is_fastest,
+        query_s=query_s,
+        low_s=interval[0] * scale if is_timed else None,
+        high_s=interval[1] * scale if is_timed else None,
+        queries_per_s=1 / query_s if query_s else None,
+        n_samples=len(cell.times_s),
+        measured_queries=cell.measured_queries,
+        measured_corpus=cell.measured_corpus,
+        error=cell.error,
+        recall=cell.recall,
+        limit_share=cell.fraction_of_floor,
+        bound=cell.bound,
+        rate=rate,
+        intensity=_intensity(cell) if is_timed else None,
+        limit_rate=cell.pair_features / cell.floor_s if is_timed and cell.floor_s else None,
+        memory_rate=next((cell.ceilings[name] for name in ("cuda-read", "read") if name in cell.ceilings), None),
+        **{f"{name}_s": cell.phase_s(name) for name in PHASES_SHOWN},
+        peak_bytes=cell.peak_bytes,
+        peak_device_bytes=cell.peak_device_bytes,
+        contention=cell.contention,
+        library=cell.library,
+    )
+
+
+PHASES_SHOWN = ("import", "prepare", "first_call", "copy_in", "call", "compute", "copy_out")
+
+
+def _intensity(cell: Record) -> float:
+    """Return the features of pairs for each byte that must move once: queries, corpus and answer."""
+    item = ITEM_BYTES.get(cell.dtype, 4)
+    rows = (cell.measured_queries + cell.measured_corpus) * cell.n_features * item
+    width = 4 if item < 8 else 8
+    answers = cell.measured_queries * ((8 + width) * cell.k if cell.k else cell.measured_corpus * width)
+    return cell.pair_features / (rows + answers)
