@@ -24,12 +24,15 @@ from knnbench import datasets
 from knnbench.api import check_k
 from knnbench.backends import backends as backend_statuses
 from knnbench.backends import registry
+from knnbench.cli_report import OUTPUT, print_bars
+from knnbench.cli_report import add_commands as add_report_commands
 from knnbench.cli_selection import INTERRUPTED, add_commands
 from knnbench.dtypes import COMPUTED
 from knnbench.errors import DatasetError, InvalidInputError, KnnbenchError, UnknownBackendError
 from knnbench.measure import OPS, Case, Journal, Plan, make_cases, measure
 from knnbench.measure.comparison import ALPHA, MIN_CHANGE, compare_sides, parse_side
 from knnbench.metrics import METRICS, get_metric
+from knnbench.report.summaries import panels_of
 from knnbench.report.table import absent_table, backends_table, case_table, datasets_table
 from knnbench.results import Record, read_records
 from knnbench.selection import Problem, choose
@@ -40,9 +43,9 @@ __all__ = ["app", "main"]
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="The data sets: what is there, and fetching what is not.")
 app.add_typer(data_app, name="data")
+add_report_commands(app)
 add_commands(app)
 
-OUTPUT = Path("knnbench-results.jsonl")
 ASV_RESULTS = Path(".asv/results")
 DEFAULT_METRICS = "cityblock,euclidean"
 DEFAULT_TIME_S = 45.0
@@ -402,7 +405,9 @@ def _show(records: list[Record], plan: Plan) -> None:
             out.print(case_table(rows), "")
     absent = absent_table(records)
     if absent is not None:
-        out.print(absent)
+        out.print(absent, "")
+    if any(record.times_s for record in records):
+        print_bars(out, panels_of(records))
 
 
 def _fastest() -> str:

@@ -60,7 +60,7 @@ def ranking(looks: Looks) -> Chart:
     point = _points(base, looks, legend=False).encode(y=y, x=x, tooltip=_tooltip())
     time, ratio = (
         base.mark_text(align="right", dx=dx, fontSize=11).encode(y=y, x=alt.value("width"), text=text)
-        for dx, text in ((62, "time:N"), (112, "factor:N"))
+        for dx, text in ((64, "time:N"), (122, "factor:N"))
     )
     chart = _facet(alt.layer(interval, point, time, ratio), step=21, y="independent").transform_filter(IS_RANKED)
     return chart.transform_calculate(
@@ -166,7 +166,7 @@ def phases(looks: Looks) -> Chart:
 def memory(looks: Looks) -> Chart:
     """Return the most memory that the timed calls held."""
     y = alt.Y("backend:N", sort=alt.EncodingSortField("peak_mb", op="min", order="ascending"), title=None)
-    x = alt.X("peak_mb:Q", title="MB, beyond what was held before", scale=alt.Scale(type="symlog"))
+    x = alt.X("peak_mb:Q", title="MB, beyond what was held before", scale=alt.Scale(type="symlog"), axis=alt.Axis(grid=False))
     base = alt.Chart()
     bars = base.mark_bar(height=11).encode(y=y, x=x, color=_colour(looks, legend=False), tooltip=_tooltip())
     text = base.mark_text(align="right", dx=50, fontSize=11).encode(y=y, x=alt.value("width"), text="peak:N")

@@ -120,10 +120,11 @@
         const line = element("tr");
         this.columns.forEach((column, place) => {
           const text = (column.text || plain)(row[column.key], row);
-          const kind = [column.number ? "number" : column.wide ? "text" : "", column.bad && column.bad(row) ? "bad" : ""].join(" ").trim();
+          const kind = [column.number ? "number" : column.wide ? "text" : column.clipped ? "clipped" : "", column.bad && column.bad(row) ? "bad" : ""].join(" ").trim();
           const cell = element(place ? "td" : "th", place ? { class: kind } : { scope: "row", class: kind });
           if (column.key === "backend") cell.append(swatch(row.backend), " ");
           cell.append(text);
+          if (column.clipped && text) cell.title = text;
           line.append(cell);
         });
         body.append(line);
@@ -164,7 +165,7 @@
     { key: "peak_bytes", label: "peak MB", number: true, text: megabytes }, { key: "peak_device_bytes", label: "device MB", number: true, text: megabytes },
     { key: "n_samples", label: "calls", number: true, text: whole }, { key: "measured_queries", label: "queries timed", number: true, text: whole },
     { key: "measured_corpus", label: "rows timed", number: true, text: whole }, { key: "noise", label: "noise", number: true, text: percent },
-    { key: "contention", label: "contention", number: true, text: percent }, { key: "library", label: "version" }, { key: "reason", label: "reason", wide: true },
+    { key: "contention", label: "contention", number: true, text: percent }, { key: "library", label: "version" }, { key: "reason", label: "reason", clipped: true },
   ].filter((column) => cells.some((cell) => { const value = cell[column.key]; return column.key === "ratio" || (value !== null && value !== undefined && value !== ""); }));
 
   const tables = {
@@ -176,7 +177,7 @@
       { key: "noise", label: "noise", number: true, text: percent },
     ], "Fastest of each case"),
     unranked: new SortedTable("table-unranked", [
-      { key: "backend", label: "backend" }, { key: "status", label: "status", bad: isBad }, { key: "where", label: "where" }, { key: "reason", label: "reason", wide: true },
+      { key: "backend", label: "backend" }, { key: "status", label: "status", bad: isBad }, { key: "where", label: "where", wide: true }, { key: "reason", label: "reason", wide: true },
     ]),
     cells: new SortedTable("table-cells", cellColumns),
   };
@@ -215,9 +216,9 @@
   const named = (list) => (list.length > 6 ? list.slice(0, 6).join("; ") + `; and ${list.length - 6} more` : list.join("; ")) + ".";
   const fastestIn = (rows) => named(glance(rows).map((row) => `${row.panel}: fastest ${row.names}, ${seconds(row.query_s)} a query`));
   const charts = {
-    ranking: { rows: (rows) => rows, beside: 225, legend: false, words: (rows) => "Time for a query. " + fastestIn(rows) },
+    ranking: { rows: (rows) => rows, beside: 212, lead: 0, legend: false, words: (rows) => "Time for a query. " + fastestIn(rows) },
     accuracy: {
-      rows: (rows) => rows.filter((row) => row.error !== null), beside: 60, legend: true,
+      rows: (rows) => rows.filter((row) => row.error !== null), beside: 12, lead: 62, legend: true,
       words: (rows) => "Queries a second against error. " + named(panelsOf(rows).map((group) => {
         const ranked = group.filter((row) => row.rank !== null).sort((a, b) => a.error - b.error || a.query_s - b.query_s);
         let best = 0;
@@ -230,14 +231,14 @@
       words: (rows) => "Rate against arithmetic intensity. Nearest to the limit: " + named([...rows].sort((a, b) => b.limit_share - a.limit_share).slice(0, 6).map((row) => `${row.backend} on ${row.panel}, ${percent(row.limit_share)} of ${row.bound}`)),
     },
     scaling: {
-      rows: scalingRows, beside: 60, legend: true,
+      rows: scalingRows, beside: 12, lead: 62, legend: true,
       words: (rows) => `Time for all queries against ${page.axes[state.axis] || ""}. ` + named(panelsOf(rows).map((group) => `${group[0].panel}: fastest ` + group.filter((row) => row.rank === 1).sort((a, b) => a.x - b.x).map((row) => `${row.backend} at ${whole(row.x)}`).join(", "))),
     },
-    phases: { rows: (rows) => rows.filter((row) => row.call_s !== null), beside: 125, legend: false, words: () => "Seconds of loading, preparing and the first call, stacked, for each backend. The values are in the table of all cells." },
-    memory: { rows: (rows) => rows.filter((row) => row.peak_bytes !== null && row.call_s !== null), beside: 175, legend: false, words: () => "Peak memory of each backend. The values are in the table of all cells." },
+    phases: { rows: (rows) => rows.filter((row) => row.call_s !== null), beside: 95, lead: 12, legend: false, words: () => "Seconds of loading, preparing and the first call, stacked, for each backend. The values are in the table of all cells." },
+    memory: { rows: (rows) => rows.filter((row) => row.peak_bytes !== null && row.call_s !== null), beside: 150, lead: 0, legend: false, words: () => "Peak memory of each backend. The values are in the table of all cells." },
     comparison: { rows: () => (page.comparison ? page.comparison.rows.filter((row) => row.ratio !== null).slice(0, MANY) : []), legend: false, words: (rows) => "Ratios of B to A. " + named(rows.map((row) => `${row.cell}: ${row.verdict}, ${significant(row.ratio, 3)}`)) },
     choices: {
-      rows: () => (page.choices ? page.choices.rows.filter((row) => row.way === state.way) : []), beside: 60, legend: true,
+      rows: () => (page.choices ? page.choices.rows.filter((row) => row.way === state.way) : []), beside: 12, lead: 62, legend: true,
       words: (rows) => `The fastest backend of ${rows.length} problems; for ${rows.filter((row) => row.regret > 1.02).length} of them another was chosen that took over 2 % longer.`,
     },
     accuracy_by_k: { rows: () => (page.classifiers ? page.classifiers.accuracy_by_k : []), legend: false, words: (rows) => "Right labels of the nearest-neighbour classifier. " + named(rows.map((row) => `${row.metric}, k = ${row.k}: ${significant(100 * row.accuracy, 4)} %`)) },
@@ -273,9 +274,9 @@
     }
     const width = figure.clientWidth;
     if (isFaceted) {
-      const fits = Math.floor((width + 24) / (chart.beside + 150 + 24));
+      const fits = Math.floor((width - chart.lead + 24) / (chart.beside + 150 + 24));
       spec.columns = Math.max(1, Math.min(3, fits, isCut ? state.panels : groups.length));
-      spec.spec.width = Math.min(420, Math.max(110, Math.floor((width - 24 * (spec.columns - 1)) / spec.columns - chart.beside)));
+      spec.spec.width = Math.min(420, Math.max(110, Math.floor((width - chart.lead - 24 * (spec.columns - 1)) / spec.columns - chart.beside)));
     } else spec.width = Math.max(180, Math.min(760, width - (name === "comparison" ? 300 : 90)));
     spec.description = chart.words(wanted);
     const isDark = document.documentElement.dataset.theme === "dark";
@@ -293,8 +294,7 @@
     }
     figure.style.minHeight = figure.offsetHeight + "px"; // so that the page does not jump while it is drawn anew
     figure.replaceChildren(...parts);
-    const config = { ...page.themes[isDark ? "dark" : "light"] };
-    if (chart.legend) config.legend = { ...config.legend, disable: name !== "choices" };
+    const config = page.themes[isDark ? "dark" : "light"];
     const view = await vegaEmbed(made, spec, { renderer: "svg", mode: "vega-lite", config, tooltip: { theme: isDark ? "dark" : "light" }, actions: { export: true, source: false, compiled: false, editor: false }, downloadFileName: "knnbench-" + name });
     if (mine !== turn) view.finalize();
     figure.style.minHeight = "";
@@ -356,7 +356,7 @@
     }
     const runs = new Map(page.panels.map((panel) => [panel.run, panel.started || panel.run]));
     if (runs.size > 1) form.append(select("Runs", [["newest", "newest of each case"], ["all", "all"], ...runs], "newest", (value) => { state.runs = value; }));
-    const backends = Object.keys(page.looks);
+    const backends = page.backends;
     form.append(select("Baseline", backends.map((name) => [name, name]), state.baseline, (value) => { state.baseline = value; }));
     const boxes = backends.map((name) => {
       const box = element("input", { type: "checkbox", checked: true, value: name, name: "backend" });

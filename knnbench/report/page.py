@@ -18,6 +18,7 @@ import knnbench
 from knnbench.errors import InvalidInputError
 from knnbench.measure.comparison import Comparison
 from knnbench.report import charts
+from knnbench.report.appearance import look_of
 from knnbench.report.comparison import caption_lines, case_columns, verdict_words
 from knnbench.report.rows import AXES, PANEL_FIELDS, looks_in, roof_rows, scaling_groups
 from knnbench.report.summaries import Panel, Summary, default_baseline, panels_of, titles_of
@@ -90,7 +91,8 @@ def build_page(
         ],
         "cells": _columns(panels),
         "baseline": baseline or default_baseline(panels),
-        "looks": {name: asdict(look) for name, look in looks.items()},
+        "looks": {cell.backend: asdict(look_of(cell.backend, cell.peer)) for panel in panels for cell in panel.cells},
+        "backends": list(looks),
         "axes": AXES,
         "scaling": scaling_groups(panels),
         "roofs": roof_rows(panels),
@@ -133,7 +135,20 @@ def _library() -> str:
 def _specification(chart: Any) -> dict[str, Any]:
     made: dict[str, Any] = chart.to_dict()
     made.pop("config", None)
+    _drop_legends(made)
     return made
+
+
+def _drop_legends(part: Any) -> None:
+    """Leave out the legends of backends: the page has its own, which show what is filled and what is hollow."""
+    if isinstance(part, list):
+        for each in part:
+            _drop_legends(each)
+    elif isinstance(part, dict):
+        if part.get("field") == "backend" and "legend" in part:
+            part["legend"] = None
+        for each in part.values():
+            _drop_legends(each)
 
 
 def _columns(panels: Sequence[Panel]) -> dict[str, Any]:

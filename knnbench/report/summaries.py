@@ -6,7 +6,7 @@ summary keeps the median and its interval, never the samples.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from knnbench.datasets import ADVERSARIAL_KINDS
@@ -122,6 +122,8 @@ class Panel:
     libraries : dict of str to str
         Versions that its processes had loaded.
     cells : list of Summary
+    records : list of Record
+        What they summarise: the newest of each backend, and of its twin.
     """
 
     op: str
@@ -144,6 +146,7 @@ class Panel:
     facts: dict[str, Any]
     libraries: dict[str, str]
     cells: list[Summary]
+    records: list[Record] = field(repr=False)
 
     @property
     def size(self) -> str:
@@ -254,6 +257,7 @@ def _panel(group: list[Record], is_newest: bool) -> Panel:
         facts=first.machine,
         libraries={name: str(text) for record in group for name, text in record.libraries.items()},
         cells=[_summary(cell, ranks.get(cell.backend), cell.backend in fastest) for cell in (*good, *others)],
+        records=shown,
     )
 
 
