@@ -29,6 +29,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "STATUSES",
     "Record",
+    "Results",
     "append_record",
     "case_name",
     "median_interval",
@@ -230,6 +231,77 @@ class Record:
         return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False)
 
 
+class Results(list[Record]):
+    """Records, with what a notebook shows of them: a table by itself, and charts and a data frame when asked.
+
+    Examples
+    --------
+    >>> results = Results([Record(op="knn", backend="numpy", metric="cosine", dataset="digits", dtype="uint8", k=3,
+    ...                           n_queries=10, n_corpus=100, n_features=64, status="ok", measured_queries=10,
+    ...                           measured_corpus=100, phases={"call": [0.3, 0.1, 0.2]})])
+    >>> results.to_frame().query_s.tolist()
+    [0.02]
+    """
+
+    def to_frame(self, baseline: str = "") -> Any:
+        """Return a row for each cell, in a data frame of pandas, or of polars where pandas is not installed.
+
+        Parameters
+        ----------
+        baseline : str
+            The backend that ``ratio`` is against: how many times as fast as that one; default numpy.
+
+        Returns
+        -------
+        pandas.DataFrame or polars.DataFrame
+            Columns as in `knnbench.report.summaries.Summary` and its panel: medians and intervals, not samples.
+
+        Raises
+        ------
+        MissingLibraryError
+            If neither is installed.
+        """
+        from knnbench.report.export import frame
+        from knnbench.report.summaries import panels_of
+
+        return frame(panels_of(self), baseline)
+
+    def plot(self, chart: str = "ranking", *, baseline: str = "", mode: str = "light") -> Any:
+        """Return a chart, which a notebook shows; its ``save`` writes HTML, SVG or PNG.
+
+        Parameters
+        ----------
+        chart : str
+            ``"ranking"``, ``"accuracy"``, ``"roofline"``, ``"scaling"``, ``"phases"`` or ``"memory"``; scaling may
+            name its axis, as in ``"scaling:n_corpus"``.
+        baseline : str
+            The backend that ratios are against; default numpy.
+        mode : {"light", "dark"}
+
+        Returns
+        -------
+        altair.Chart
+
+        Raises
+        ------
+        InvalidInputError
+            If there is no such chart, or the records have nothing for it.
+        MissingLibraryError
+            If Vega-Altair is not installed.
+        """
+        from knnbench.report.picture import chart_of
+        from knnbench.report.summaries import panels_of
+
+        return chart_of(panels_of(self), chart, baseline=baseline, mode=mode)
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks: backends and, for the newest run of each case, the time for a query."""
+        from knnbench.report.export import html_text
+        from knnbench.report.summaries import newest_panels, panels_of
+
+        return html_text(newest_panels(panels_of(self)))
+
+
 def case_name(op: str, metric: str, dataset: str, dtype: str, shape: tuple[int, int, int], k: int | None) -> str:
     """Return the name of a case; `shape` is (n_queries, n_corpus, n_features)."""
     name = f"{op}/{metric}/{dataset}/{dtype}/{'x'.join(map(str, shape))}"
@@ -285,7 +357,7 @@ def append_record(path: Path, record: Record) -> None:
             raise
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path) -> Results:
     """Return the records of a file, in their order.
 
     A line that a crash cut short is left out. Unknown fields, of a later version, are left out too. Records of
@@ -301,7 +373,7 @@ def read_records(path: Path) -> list[Record]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise InvalidInputError(f"records cannot be read from {path}: {reason}.") from None
-    return list(parse_records(text.splitlines(), str(path)))
+    return Results(parse_records(text.splitlines(), str(path)))
 
 
 def parse_records(lines: Iterable[str], where: str, first_line: int = 1) -> Iterator[Record]:

@@ -328,7 +328,8 @@ PATH@FIELD=VALUE,...
         raise InvalidInputError(
             f"there is no file {path}. A side is PATH, FIELD=VALUE,... or PATH@FIELD=VALUE,...{hint}"
         )
-    everything = records = read_records(path)
+    everything: list[Record] = read_records(path)
+    records = everything
     if not records:
         raise InvalidInputError(f"{path} holds no records.")
     for name, value in selection.items():

@@ -37,7 +37,7 @@ def bars_tables(panels: Sequence[Panel], width: int, *, ascii_only: bool = False
     """
     shared, titles = titles_of(panels)
     step = max(1, (width - NAMES) // (BAR + BESIDE))
-    names = {}
+    names: dict[str, list[int]] = {}
     for panel in panels:
         for cell in panel.cells:
             if cell.status != "absent":

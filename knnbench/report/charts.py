@@ -157,7 +157,8 @@ def phases(looks: Looks) -> Chart:
         .transform_calculate(start_s=" + ".join(f"(datum.{field} || 0)" for field in fields))
         .transform_fold(list(fields), as_=["field", "seconds"])
         .transform_calculate(
-            phase=f"({json.dumps(fields)})[datum.field]", phase_order=f"indexof({json.dumps(list(fields))}, datum.field)"
+            phase=f"({json.dumps(fields)})[datum.field]",
+            phase_order=f"indexof({json.dumps(list(fields))}, datum.field)",
         )
         .transform_filter("datum.seconds > 0")
     )
@@ -166,7 +167,9 @@ def phases(looks: Looks) -> Chart:
 def memory(looks: Looks) -> Chart:
     """Return the most memory that the timed calls held."""
     y = alt.Y("backend:N", sort=alt.EncodingSortField("peak_mb", op="min", order="ascending"), title=None)
-    x = alt.X("peak_mb:Q", title="MB, beyond what was held before", scale=alt.Scale(type="symlog"), axis=alt.Axis(grid=False))
+    x = alt.X(
+        "peak_mb:Q", title="MB, beyond what was held before", scale=alt.Scale(type="symlog"), axis=alt.Axis(grid=False)
+    )
     base = alt.Chart()
     bars = base.mark_bar(height=11).encode(y=y, x=x, color=_colour(looks, legend=False), tooltip=_tooltip())
     text = base.mark_text(align="right", dx=50, fontSize=11).encode(y=y, x=alt.value("width"), text="peak:N")
@@ -193,9 +196,7 @@ def comparison(looks: Looks) -> Chart:
             "verdict:N", title=None, scale=alt.Scale(domain=names, range=[shape for _, shape in VERDICT_LOOKS.values()])
         ),
     }
-    x = alt.X(
-        "ratio:Q", title="B / A; right of 1, B is slower", scale=alt.Scale(type="log", nice=False, padding=16)
-    )
+    x = alt.X("ratio:Q", title="B / A; right of 1, B is slower", scale=alt.Scale(type="log", nice=False, padding=16))
     base = alt.Chart().transform_filter("datum.ratio != null")
     one = base.mark_rule(strokeDash=[3, 3], color="#7b8088").encode(x=alt.datum(1))
     interval = base.transform_filter("datum.low != null").mark_rule(strokeWidth=3, opacity=0.45)
@@ -229,7 +230,9 @@ def choices(looks: Looks) -> Chart:
             x=x,
             y=y,
             size=alt.Size(
-                "regret:Q", title="regret of another choice", scale=alt.Scale(domain=[1, 4], range=[180, 900], clamp=True)
+                "regret:Q",
+                title="regret of another choice",
+                scale=alt.Scale(domain=[1, 4], range=[180, 900], clamp=True),
             ),
         )
     )
@@ -331,7 +334,9 @@ def _si(unit: str) -> alt.Axis:
 
 def _colour(looks: Looks, *, legend: bool = True) -> alt.Color:
     scale = alt.Scale(domain=list(looks), range=[look.colour for look in looks.values()])
-    return alt.Color("backend:N", title=None, scale=scale, legend=alt.Legend(orient="top", columns=5) if legend else None)
+    return alt.Color(
+        "backend:N", title=None, scale=scale, legend=alt.Legend(orient="top", columns=5) if legend else None
+    )
 
 
 def _points(base: Chart, looks: Looks, *, legend: bool = True) -> Chart:
@@ -367,6 +372,8 @@ def _facet(layers: Chart, *, step: int = 0, height: int = 0, **scales: str) -> C
     that empty panels stay and heights are those of all rows.
     """
     sized = layers.properties(width=280, height=alt.Step(step) if step else height)
-    facet = alt.Facet("panel:N", title=None, sort=alt.EncodingSortField("panel_order", op="min", order="ascending"))
+    order = alt.EncodingSortField("panel_order", op="min", order="ascending")
+    header = alt.Header(labelExpr="split(datum.label, '\\n')")  # long titles come in lines
+    facet = alt.Facet("panel:N", title=None, sort=order, header=header)
     chart = sized.facet(facet=facet, columns=3, data=alt.NamedData(DATA), spacing={"column": 24, "row": 18})
     return chart.resolve_scale(**scales) if scales else chart

@@ -1,8 +1,9 @@
 """Summaries as values for other programs: CSV, a Markdown table, a data frame."""
 
 import csv
+import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from knnbench.errors import MissingLibraryError
@@ -10,7 +11,7 @@ from knnbench.report.rows import PANEL_FIELDS, rows_of
 from knnbench.report.summaries import Panel, Summary, default_baseline, titles_of
 from knnbench.report.table import format_seconds
 
-__all__ = ["COLUMNS", "csv_text", "frame", "markdown_text"]
+__all__ = ["COLUMNS", "csv_text", "frame", "html_text", "markdown_text"]
 
 COLUMNS = (*PANEL_FIELDS, *Summary.names(), "ratio")
 """The columns of a file of values, and of a data frame: what a panel has, what a cell has, and the ratio."""
@@ -40,29 +41,49 @@ def markdown_text(panels: Sequence[Panel], baseline: str = "") -> str:
     A cell is the time for a query and how many times as fast as the baseline that is; the fastest is bold, with what
     cannot be told from it.
     """
-    baseline = baseline or default_baseline(panels)
-    shared, titles = titles_of(panels)
-    names = list(dict.fromkeys(cell.backend for panel in panels for cell in panel.cells if cell.status != "absent"))
+    shared, note, titles, rows = _pivot(panels, baseline)
     lines = [
         "| " + " | ".join(["backend", *map(_escaped, titles)]) + " |",
         "|" + "---|" + "---:|" * len(titles),
     ]
-    for name in names:
-        cells = [_markdown_cell(panel, name, baseline) for panel in panels]
-        lines.append("| " + " | ".join([_escaped(name), *cells]) + " |")
-    note = f"A query, and × as fast as {_escaped(baseline)}; bold: the fastest, and what cannot be told from it."
-    return "\n".join([*lines, "", ". ".join(filter(None, (_escaped(shared), note))), ""])
+    for name, cells in rows:
+        texts = [f"**{_escaped(text)}**" if is_fastest else _escaped(text) for text, is_fastest in cells]
+        lines.append("| " + " | ".join([_escaped(name), *texts]) + " |")
+    return "\n".join([*lines, "", _escaped(". ".join(filter(None, (shared, note)))), ""])
 
 
-def _markdown_cell(panel: Panel, name: str, baseline: str) -> str:
+def html_text(panels: Sequence[Panel], baseline: str = "") -> str:
+    """Return the table of `markdown_text` as HTML, for a notebook."""
+    shared, note, titles, rows = _pivot(panels, baseline)
+
+    def line(cells: Iterable[str], tag: str = "td") -> str:
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+    body = [line(("backend", *map(html.escape, titles)), "th")]
+    for name, cells in rows:
+        texts = [f"<b>{html.escape(text)}</b>" if is_fastest else html.escape(text) for text, is_fastest in cells]
+        body.append(line((html.escape(name), *texts)))
+    return f"<table><caption>{html.escape('. '.join(filter(None, (shared, note))))}</caption>{''.join(body)}</table>"
+
+
+def _pivot(
+    panels: Sequence[Panel], baseline: str
+) -> tuple[str, str, list[str], list[tuple[str, list[tuple[str, bool]]]]]:
+    """Return what panels share, a note, their titles, and for each backend the text of each, and if it is fastest."""
+    baseline = baseline or default_baseline(panels)
+    shared, titles = titles_of(panels)
+    names = dict.fromkeys(cell.backend for panel in panels for cell in panel.cells if cell.status != "absent")
+    rows = [(name, [_text(panel, name, baseline) for panel in panels]) for name in names]
+    against = f", and × as fast as {baseline}" if baseline else ""
+    return shared, f"Time for a query{against}; bold: the fastest, and what cannot be told from it.", titles, rows
+
+
+def _text(panel: Panel, name: str, baseline: str) -> tuple[str, bool]:
     cell = next((cell for cell in panel.cells if cell.backend == name), None)
-    if cell is None:
-        return ""
-    if cell.rank is None or cell.query_s is None:
-        return _escaped(cell.status)
+    if cell is None or cell.rank is None or cell.query_s is None:
+        return "" if cell is None else cell.status, False
     least = next((other.query_s for other in panel.cells if other.backend == baseline and other.rank), None)
-    text = format_seconds(cell.query_s) + (f", {least / cell.query_s:.3g}×" if least else "")
-    return f"**{text}**" if cell.is_fastest else text
+    return format_seconds(cell.query_s) + (f", {least / cell.query_s:.3g}×" if least else ""), cell.is_fastest
 
 
 def _escaped(text: str) -> str:

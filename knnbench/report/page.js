@@ -84,7 +84,8 @@
   // Tables
 
   class SortedTable {
-    constructor(id, columns, caption = "") {
+    constructor(id, columns, caption = "", limit = ROWS) {
+      this.limit = limit;
       this.box = byId(id); this.columns = columns; this.caption = caption; this.sort = null; this.all = false; this.rows = [];
     }
     show(rows) { this.rows = rows; this.draw(); }
@@ -102,7 +103,7 @@
     }
     draw() {
       const focused = this.box.contains(document.activeElement) ? document.activeElement.dataset.key : null;
-      const rows = this.ordered(), shown = this.all ? rows : rows.slice(0, ROWS);
+      const rows = this.ordered(), shown = this.all ? rows : rows.slice(0, this.limit);
       if (!rows.length) { this.box.replaceChildren(element("p", { class: "empty" }, "Nothing to show.")); return; }
       const head = element("tr");
       for (const column of this.columns) {
@@ -175,7 +176,7 @@
       { key: "next", label: "next" }, { key: "lead", label: "next / fastest", number: true, text: factor },
       { key: "limit_share", label: "of limit", number: true, text: percent }, { key: "error", label: "error", number: true, text: error },
       { key: "noise", label: "noise", number: true, text: percent },
-    ], "Fastest of each case"),
+    ], "Fastest of each case", PANELS),
     unranked: new SortedTable("table-unranked", [
       { key: "backend", label: "backend" }, { key: "status", label: "status", bad: isBad }, { key: "where", label: "where", wide: true }, { key: "reason", label: "reason", wide: true },
     ]),
@@ -258,6 +259,17 @@
     return found.filter((row) => row.rank !== null);
   }
 
+  // Vega keeps groups in plain objects, where these names are taken.
+  const harmless = (text) => (text in Object.prototype ? "\u200b" + text : text);
+  function inLines(text, letters) {
+    const lines = [""];
+    for (const word of (text || "").split(" ")) {
+      if (lines.at(-1) && lines.at(-1).length + word.length >= letters) lines.push("");
+      lines[lines.length - 1] += (lines.at(-1) ? " " : "") + word;
+    }
+    return lines.join("\n");
+  }
+
   let turn = 0;
   async function draw(name, rows, mine) {
     const chart = charts[name], figure = byId("chart-" + name);
@@ -267,10 +279,10 @@
     if (isCut) wanted = groups.slice(0, state.panels).flat();
     if (!wanted.length) { figure.replaceChildren(element("p", { class: "empty" }, "Nothing to show for these filters.")); return; }
     const spec = structuredClone(page.specs[name]);
-    spec.datasets = { rows: wanted };
+    let roofs = [];
     if (name === "roofline") {
       const places = new Set(wanted.map((row) => JSON.stringify([row.machine, row.threads])));
-      spec.datasets.roofs = page.roofs.filter((row) => places.has(JSON.stringify([row.machine, row.threads])));
+      roofs = page.roofs.filter((row) => places.has(JSON.stringify([row.machine, row.threads])));
     }
     const width = figure.clientWidth;
     if (isFaceted) {
@@ -279,6 +291,8 @@
       spec.spec.width = Math.min(420, Math.max(110, Math.floor((width - chart.lead - 24 * (spec.columns - 1)) / spec.columns - chart.beside)));
     } else spec.width = Math.max(180, Math.min(760, width - (name === "comparison" ? 300 : 90)));
     spec.description = chart.words(wanted);
+    const letters = isFaceted ? Math.floor((spec.spec.width + chart.beside) / 7.5) : 80;
+    spec.datasets = { roofs, rows: wanted.map((row) => ({ ...row, panel: inLines(harmless(row.panel), letters), backend: harmless(row.backend) })) };
     const isDark = document.documentElement.dataset.theme === "dark";
     const drawing = element("div", { class: "drawing" }), made = element("div");
     drawing.append(made);
@@ -312,7 +326,12 @@
     for (const name of Object.keys(charts)) {
       if (byId("chart-" + name).closest("section").hidden) continue;
       if (mine !== turn) return;
-      await draw(name, rows, mine);
+      try {
+        await draw(name, rows, mine);
+      } catch (failure) { // the other charts, and all tables, are worth having
+        console.error(failure);
+        byId("chart-" + name).replaceChildren(element("p", { class: "empty" }, "This chart could not be drawn; its values are in the table of all cells."));
+      }
       await new Promise((done) => setTimeout(done));
     }
     if (mine === turn) document.documentElement.dataset.drawn = "all";

@@ -84,7 +84,8 @@ def build_page(
         )
     looks = looks_in(panels)
     shared, titles = titles_of(panels)
-    values = {
+    machines = _machines(panels)
+    values: dict[str, Any] = {
         "panels": [
             {**{name: getattr(panel, name) for name in PANEL_FIELDS}, "size": panel.size, "title": text}
             for panel, text in zip(panels, titles, strict=True)
@@ -96,8 +97,8 @@ def build_page(
         "axes": AXES,
         "scaling": scaling_groups(panels),
         "roofs": roof_rows(panels),
-        "machines": _machines(panels),
-        "machine_columns": [],
+        "machines": machines,
+        "machine_columns": [name for name in MACHINE_FACTS if any(facts.get(name) for facts in machines)],
         "runs": _runs(panels),
         "comparison": None if comparison is None else _comparison(comparison),
         "choices": choices,
@@ -105,7 +106,6 @@ def build_page(
         "specs": {name: _specification(chart(looks)) for name, chart in charts.CHARTS.items()},
         "themes": {mode: {**charts.theme(mode), "background": "transparent"} for mode in ("light", "dark")},
     }
-    values["machine_columns"] = [name for name in MACHINE_FACTS if any(facts.get(name) for facts in values["machines"])]
     # A browser would take "</script>" in a name for the end of the data.
     data = json.dumps(_plain(values), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     files = resources.files("knnbench.report")

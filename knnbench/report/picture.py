@@ -1,5 +1,6 @@
 """One chart by itself: for notebooks, and as a picture without a browser."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ INSTALL = "pip install 'knnbench[report]'"
 
 # Panels of one picture; more would be too small to read, and take minutes.
 MOST_PANELS = 24
+TITLE_WIDTH = 44
 
 
 def chart_of(panels: Sequence[Panel], name: str = "ranking", *, baseline: str = "", mode: str = "light") -> Any:
@@ -68,6 +70,8 @@ def chart_of(panels: Sequence[Panel], name: str = "ranking", *, baseline: str = 
         raise InvalidInputError(f"the records have nothing for the chart {name!r}.")
     chart = CHARTS[kind](looks_in(panels))
     made = chart.to_dict()
+    for row in rows:
+        row["panel"] = textwrap.fill(row["panel"], TITLE_WIDTH)
     made["datasets"] = {DATA: rows, ROOFS: roof_rows(panels)} if kind == "roofline" else {DATA: rows}
     made["config"] = theme(mode)
     made["title"] = {"text": TITLES[kind].format(axis=AXES.get(axis, "")), "subtitle": titles_of(panels)[0]}

@@ -4,8 +4,8 @@ A panel is one case in one run on one machine, because only there backends took 
 summary keeps the median and its interval, never the samples.
 """
 
-import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -193,8 +193,8 @@ def default_baseline(panels: Iterable[Panel]) -> str:
 
 
 def titles_of(panels: Sequence[Panel]) -> tuple[str, list[str]]:
-    """Return what all panels share, and of each what tells it from the others."""
-    parts = {
+    """Return what all panels share, and of each what tells it from the others; no two are the same."""
+    parts: dict[str, Callable[[Panel], str]] = {
         "op": lambda panel: panel.op,
         "metric": lambda panel: panel.metric,
         "dtype": lambda panel: panel.dtype,
@@ -203,15 +203,33 @@ def titles_of(panels: Sequence[Panel]) -> tuple[str, list[str]]:
         "k": lambda panel: f"k={panel.k}" if panel.k else "",
         "threads": lambda panel: f"{panel.threads} thread{'s' if panel.threads != 1 else ''}",
         "machine": lambda panel: panel.machine,
-        "run": lambda panel: panel.started or panel.run,
     }
-    shared, varying = [], []
+    if not panels:
+        return "", []
+    shared: list[Callable[[Panel], str]] = []
+    varying: list[Callable[[Panel], str]] = []
     for name, text in parts.items():
         is_shared = len({text(panel) for panel in panels}) == 1
         # A metric and a dtype are what a panel is called, alone too.
         (shared if is_shared and name not in ("metric", "dtype") else varying).append(text)
     titles = [", ".join(filter(None, (text(panel) for text in varying))) for panel in panels]
-    return ", ".join(filter(None, (text(panels[0]) for text in shared))) if panels else "", titles
+    counts = Counter(titles)
+    titles = [
+        f"{title}, {_run_name(panel)}" if counts[title] > 1 else title
+        for panel, title in zip(panels, titles, strict=True)
+    ]
+    seen: dict[str, int] = {}
+    for place, title in enumerate(titles):
+        seen[title] = seen.get(title, 0) + 1
+        if seen[title] > 1:
+            titles[place] = f"{title} ({seen[title]})"
+    names = [text(panels[0]) for text in shared]
+    runs = {_run_name(panel) for panel in panels}
+    return ", ".join(filter(None, [*names, *(runs if len(runs) == 1 else ())])), titles
+
+
+def _run_name(panel: Panel) -> str:
+    return panel.started.replace("T", " ").removesuffix("+00:00") or panel.run
 
 
 def _case_order(panel: Panel) -> tuple[Any, ...]:
@@ -262,12 +280,12 @@ def _panel(group: list[Record], is_newest: bool) -> Panel:
 
 
 def _summary(cell: Record, rank: int | None, is_fastest: bool) -> Summary:
-    median, interval = cell.median_s, cell.interval_s
-    is_timed = median is not None and interval is not None and cell.pair_features > 0
-    # From a call to a query against the whole corpus, where only a part of it was measured.
-    scale = cell.n_corpus * cell.n_features / cell.pair_features if is_timed else math.nan
-    query_s = median * scale if is_timed else None
-    rate = cell.pair_features / median if is_timed else None
+    query_s = low_s = high_s = rate = None
+    if cell.median_s is not None and cell.interval_s is not None and cell.pair_features:
+        # From a call to a query against the whole corpus, where only a part of it was measured.
+        scale = cell.n_corpus * cell.n_features / cell.pair_features
+        query_s, low_s, high_s = (seconds * scale for seconds in (cell.median_s, *cell.interval_s))
+        rate = cell.pair_features / cell.median_s
     return Summary(
         backend=cell.backend,
         status=cell.status,
@@ -277,8 +295,8 @@ def _summary(cell: Record, rank: int | None, is_fastest: bool) -> Summary:
         rank=rank,
         is_fastest=is_fastest,
         query_s=query_s,
-        low_s=interval[0] * scale if is_timed else None,
-        high_s=interval[1] * scale if is_timed else None,
+        low_s=low_s,
+        high_s=high_s,
         queries_per_s=1 / query_s if query_s else None,
         n_samples=len(cell.times_s),
         measured_queries=cell.measured_queries,
@@ -288,8 +306,8 @@ def _summary(cell: Record, rank: int | None, is_fastest: bool) -> Summary:
         limit_share=cell.fraction_of_floor,
         bound=cell.bound,
         rate=rate,
-        intensity=_intensity(cell) if is_timed else None,
-        limit_rate=cell.pair_features / cell.floor_s if is_timed and cell.floor_s else None,
+        intensity=None if rate is None else _intensity(cell),
+        limit_rate=cell.pair_features / cell.floor_s if rate and cell.floor_s else None,
         memory_rate=next((cell.ceilings[name] for name in ("cuda-read", "read") if name in cell.ceilings), None),
         **{f"{name}_s": cell.phase_s(name) for name in PHASES_SHOWN},
         peak_bytes=cell.peak_bytes,
