@@ -153,7 +153,7 @@
   const isBad = (row) => !["ok", "absent", "unsupported"].includes(row.status);
   const cellColumns = [
     { key: "backend", label: "backend", text: (value, row) => value + (row.peer ? " (peer)" : "") }, ...caseColumns,
-    { key: "status", label: "status", bad: isBad },
+    { key: "status", label: "status", bad: isBad, text: (value, row) => value + (row.complete ? "" : ", interrupted") },
     { key: "rank", label: "rank", number: true, text: (value, row) => (row.is_fastest ? "= " : "") + plain(value) },
     { key: "query_s", label: "time/query", number: true, text: seconds }, { key: "low_s", label: "from", number: true, text: seconds },
     { key: "high_s", label: "to", number: true, text: seconds }, { key: "queries_per_s", label: "queries/s", number: true, text: number },
@@ -448,7 +448,7 @@
       ], "Verdicts").show(page.comparison.rows);
     }
     if (has.classifiers) classifiers();
-    new SortedTable("table-machines", page.machine_columns.map((key) => ({ key, label: key.replaceAll("_", " "), wide: key === "libraries" || key === "features" }))).show(page.machines);
+    new SortedTable("table-machines", page.machine_columns.map((key) => ({ key, label: key.replaceAll("_", " "), wide: ["libraries", "features", "os", "gpus"].includes(key) }))).show(page.machines);
     new SortedTable("table-runs", [
       { key: "started", label: "began" }, { key: "machine", label: "machine" }, { key: "threads", label: "threads", number: true }, { key: "commit", label: "commit" },
       { key: "version", label: "knnbench" }, { key: "cases", label: "cases", number: true }, { key: "cells", label: "cells", number: true }, { key: "noise", label: "largest noise", number: true, text: percent }, { key: "run", label: "name" },

@@ -17,6 +17,7 @@ from typing import Any
 import knnbench
 from knnbench.errors import InvalidInputError
 from knnbench.measure.comparison import Comparison
+from knnbench.measure.contention import CONTENDED
 from knnbench.report import charts
 from knnbench.report.appearance import look_of
 from knnbench.report.comparison import caption_lines, case_columns, verdict_words
@@ -113,6 +114,7 @@ def build_page(
     parts = {
         "title": html.escape(title or f"knnbench: {_subject(panels)}"),
         "lead": html.escape(_lead(panels, shared)),
+        "warning": html.escape(_warning(panels)),
         "version": html.escape(knnbench.__version__),
         "sources": html.escape(", ".join(sources) or f"{len(records):,} records"),
         "style": text["css"],
@@ -187,6 +189,18 @@ def _lead(panels: Sequence[Panel], shared: str) -> str:
     counts = [(len(ranked), "backend"), (len(panels), "case"), (len({panel.run for panel in panels}), "run")]
     text = ", ".join(f"{count:,} {name}{'s' if count != 1 else ''}" for count, name in counts)
     return f"{text}: {shared}." if shared else f"{text}."
+
+
+def _warning(panels: Sequence[Panel]) -> str:
+    """Return what makes the times less worth believing; empty if nothing does."""
+    shares = [cell.contention or 0.0 for panel in panels for cell in panel.cells]
+    taken = [share for share in shares if share >= CONTENDED]
+    if not taken:
+        return ""
+    return (
+        f"While {len(taken):,} of {len(shares):,} cells were measured, other processes took up to {max(taken):.0%} of "
+        f"the CPU time that these needed: believe such times less; the column contention says which."
+    )
 
 
 def _machines(panels: Sequence[Panel]) -> list[dict[str, Any]]:
