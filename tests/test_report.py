@@ -1,24 +1,28 @@
 """What a report says of records, before anything is drawn: panels, summaries, values, pictures, commands."""
 
+import base64
 import csv
 import io
 import itertools
 import json
 import math
 import re
+import struct
 import sys
+import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from knnbench import cli_report
+from knnbench import cli_report, datasets
 from knnbench.backends import registry
+from knnbench.classifiers import KNNClassifier
 from knnbench.errors import InvalidInputError, MissingLibraryError
 from knnbench.measure import comparison
 from knnbench.measure.comparison import indistinguishable
-from knnbench.report import appearance, page, picture
+from knnbench.report import appearance, classifiers, page, picture
 from knnbench.report.appearance import BACKGROUNDS, COLOURS, look_of
 from knnbench.report.bars import bars_tables
 from knnbench.report.choices import choice_rows, read_outcomes
@@ -141,6 +145,8 @@ def test_adversarial_data_are_said_to_be():
     assert only_panel([made(dataset="synthetic:far")]).is_adversarial
     assert not only_panel([made(dataset="synthetic:clusters")]).is_adversarial
     assert not only_panel([made(dataset="digits")]).is_adversarial
+    _, titles = titles_of(panels_of([made(dataset="synthetic:far"), made(dataset="digits")]))
+    assert titles == ["cityblock, float32, digits", "cityblock, float32, synthetic:far (adversarial)"]
 
 
 def test_the_baseline_is_numpy_where_it_was_measured():
@@ -587,3 +593,36 @@ def test_what_is_no_outcome_is_refused_by_line(tmp_path, line):
     path.write_text("")
     with pytest.raises(InvalidInputError, match="holds no outcomes"):
         read_outcomes(path)
+
+
+# What is computed for the page
+
+
+def test_what_the_classifiers_do_is_computed(monkeypatch):
+    monkeypatch.setattr(classifiers, "ITERATIONS", 20)
+    facts = classifiers.classifier_facts("digits", 200)
+    digits = datasets.load("digits")
+    score = (
+        KNNClassifier(3, "euclidean")
+        .fit(digits.X_train, digits.y_train)
+        .score(digits.X_test[:200], digits.y_test[:200])
+    )
+    (row,) = [row for row in facts["accuracy_by_k"] if (row["metric"], row["k"]) == ("euclidean", 3)]
+    assert row["accuracy"] == score
+    for seed in {row["seed"] for row in facts["loss_curves"]}:
+        losses = [row["loss"] for row in facts["loss_curves"] if row["seed"] == seed]
+        assert losses == sorted(losses, reverse=True)
+        assert len(losses) > 1
+    for query in facts["neighbours"]:
+        assert query["is_right"] == (query["label"] == query["predicted"])
+        assert len(query["nearest"]) == classifiers.SHOWN_K
+    assert {query["is_right"] for query in facts["neighbours"]} == {True, False}
+    json.dumps(facts)
+
+
+def test_an_image_is_a_png_of_its_pixels():
+    content = base64.b64decode(classifiers.image_url(np.array([0, 4, 8, 16], np.uint8)).partition(",")[2])
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    start = content.index(b"IDAT")
+    (length,) = struct.unpack(">I", content[start - 4 : start])
+    assert zlib.decompress(content[start + 4 : start + 4 + length]) == bytes([0, 0, 64, 0, 128, 255])

@@ -12,6 +12,8 @@ from dataclasses import replace
 import pytest
 
 from knnbench.measure.comparison import compare
+from knnbench.report.choices import choice_rows
+from knnbench.report.classifiers import classifier_facts
 from knnbench.report.page import build_page
 from knnbench.report.summaries import panels_of
 from knnbench.results import STATUSES
@@ -179,8 +181,24 @@ def shown_panels(browser, chart):
     return sorted(set(run(browser, script, chart)))
 
 
-def test_it_opens_without_an_error_and_draws_every_chart(browser, page):
-    path = page(comparison=compare(RECORDS[:20], [replace(r, commit="x") for r in RECORDS[:20]]))
+def choices_file(folder):
+    path = folder / "regret.jsonl"
+    lines = []
+    for number, n_features in enumerate((2, 16, 256)):
+        problem = {"op": "knn", "n_queries": 10**number, "n_corpus": 1000, "n_features": n_features, "k": 3}
+        problem |= {"metric": "euclidean", "dtype": ("float32", "uint8")[number % 2], "data_on": "host"}
+        times = {"numba": [1.0, 1.0], "numpy": [0.5 + number, 0.5 + number]}
+        lines.append({"problem": problem, "chosen": {"estimate": "numba"}, "alike": {"estimate": []}, "times": times})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_it_opens_without_an_error_and_draws_every_chart(browser, page, tmp_path):
+    path = page(
+        comparison=compare(RECORDS[:20], [replace(r, commit="x") for r in RECORDS[:20]]),
+        choices=choice_rows(choices_file(tmp_path)),
+        classifiers=classifier_facts("digits", 100),
+    )
     for address in (browser.current_url, path.as_uri()):
         browser.get(address)
         drawn(browser)
@@ -194,7 +212,10 @@ def test_it_opens_without_an_error_and_draws_every_chart(browser, page):
         assert {f"chart-{name}" for name in ("ranking", "accuracy", "roofline", "scaling", "phases", "memory")} <= set(
             marks
         )
-        assert "chart-comparison" in marks
+        assert {f"chart-{name}" for name in ("comparison", "choices", "accuracy_by_k", "loss_curves")} <= set(marks)
+        pictures = run(browser, "return [...document.images].map((one) => [one.naturalWidth, one.alt])")
+        assert {width for width, _ in pictures} == {8}
+        assert all(re.match(r"query, a \d|neighbour \d, a \d, distance", alt) for _, alt in pictures)
         assert min(marks.values()) > 5, marks
     assert run(browser, "return performance.getEntriesByType('resource').map((one) => one.name)") == []
 

@@ -105,7 +105,8 @@
       const focused = this.box.contains(document.activeElement) ? document.activeElement.dataset.key : null;
       const rows = this.ordered(), shown = this.all ? rows : rows.slice(0, this.limit);
       if (!rows.length) { this.box.replaceChildren(element("p", { class: "empty" }, "Nothing to show.")); return; }
-      const head = element("tr");
+      // The roles are those that the elements have; a phone's layout of blocks would take them away.
+      const head = element("tr", { role: "row" });
       for (const column of this.columns) {
         const button = element("button", { type: "button", "data-key": column.key }, column.label);
         button.addEventListener("click", () => {
@@ -114,15 +115,15 @@
           this.draw();
         });
         const sorted = this.sort && this.sort.key === column.key ? (this.sort.down ? "descending" : "ascending") : "none";
-        head.append(element("th", { scope: "col", class: column.number ? "number" : "", "aria-sort": sorted }, button));
+        head.append(element("th", { scope: "col", role: "columnheader", class: column.number ? "number" : "", "aria-sort": sorted }, button));
       }
-      const body = element("tbody");
+      const body = element("tbody", { role: "rowgroup" });
       for (const row of shown) {
-        const line = element("tr");
+        const line = element("tr", { role: "row" });
         this.columns.forEach((column, place) => {
           const text = (column.text || plain)(row[column.key], row);
           const kind = [column.number ? "number" : column.wide ? "text" : column.clipped ? "clipped" : "", column.bad && column.bad(row) ? "bad" : ""].join(" ").trim();
-          const cell = element(place ? "td" : "th", place ? { class: kind } : { scope: "row", class: kind });
+          const cell = element(place ? "td" : "th", place ? { role: "cell", class: kind } : { scope: "row", role: "rowheader", class: kind });
           if (column.key === "backend") cell.append(swatch(row.backend), " ");
           cell.append(text);
           if (column.clipped && text) cell.title = text;
@@ -130,7 +131,7 @@
         });
         body.append(line);
       }
-      const table = element("table", {}, element("thead", {}, head), body);
+      const table = element("table", { role: "table" }, element("thead", { role: "rowgroup" }, head), body);
       if (this.caption) table.prepend(element("caption", {}, this.caption));
       const label = this.caption || this.box.parentElement.querySelector("h2, h3").textContent;
       const parts = [element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label + ", table" }, table)];
@@ -153,11 +154,11 @@
   const isBad = (row) => !["ok", "absent", "unsupported"].includes(row.status);
   const cellColumns = [
     { key: "backend", label: "backend", text: (value, row) => value + (row.peer ? " (peer)" : "") }, ...caseColumns,
-    { key: "status", label: "status", bad: isBad, text: (value, row) => value + (row.complete ? "" : ", interrupted") },
     { key: "rank", label: "rank", number: true, text: (value, row) => (row.is_fastest ? "= " : "") + plain(value) },
-    { key: "query_s", label: "time/query", number: true, text: seconds }, { key: "low_s", label: "from", number: true, text: seconds },
-    { key: "high_s", label: "to", number: true, text: seconds }, { key: "queries_per_s", label: "queries/s", number: true, text: number },
-    { key: "ratio", label: "× baseline", number: true, text: factor }, { key: "error", label: "error", number: true, text: error },
+    { key: "query_s", label: "time/query", number: true, text: seconds }, { key: "ratio", label: "× baseline", number: true, text: factor },
+    { key: "status", label: "status", bad: isBad, text: (value, row) => value + (row.complete ? "" : ", interrupted") },
+    { key: "low_s", label: "from", number: true, text: seconds }, { key: "high_s", label: "to", number: true, text: seconds },
+    { key: "queries_per_s", label: "queries/s", number: true, text: number }, { key: "error", label: "error", number: true, text: error },
     { key: "recall", label: "recall", number: true, text: (value) => (value === null ? "" : significant(value, 4)) },
     { key: "limit_share", label: "of limit", number: true, text: percent }, { key: "bound", label: "limit" },
     { key: "import_s", label: "import", number: true, text: seconds }, { key: "prepare_s", label: "prepare", number: true, text: seconds },

@@ -198,7 +198,7 @@ def titles_of(panels: Sequence[Panel]) -> tuple[str, list[str]]:
         "op": lambda panel: panel.op,
         "metric": lambda panel: panel.metric,
         "dtype": lambda panel: panel.dtype,
-        "dataset": lambda panel: panel.dataset,
+        "dataset": lambda panel: panel.dataset + (" (adversarial)" if panel.is_adversarial else ""),
         "size": lambda panel: panel.size,
         "k": lambda panel: f"k={panel.k}" if panel.k else "",
         "threads": lambda panel: f"{panel.threads} thread{'s' if panel.threads != 1 else ''}",
