@@ -109,7 +109,9 @@ def show(
     shown = panels if every else newest_panels(panels)
     if not bars:
         for panel in shown:
-            out.print(case_table(panel.records), "")
+            there = [record for record in panel.records if record.status != "absent"]
+            if there:
+                out.print(case_table(there), "")
         absent = absent_table(record for panel in shown for record in panel.records)
         if absent is not None:
             out.print(absent, "")

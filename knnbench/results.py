@@ -64,6 +64,9 @@ PHASES: dict[str, str] = {
 }
 """The phases of a measurement, each kept apart from the others."""
 
+# Sizes and seconds that are more come from no machine, and not all of them fit a float.
+MOST = 2**63 - 1
+
 # One interval of the median in so many misses it: 95 % confidence.
 MISSES = 20
 
@@ -417,10 +420,11 @@ def _check_values(record: Record) -> None:
         is_number = isinstance(value, int) and not isinstance(value, bool) and kind in (float, float | None)
         if not (isinstance(value, kind) or is_number) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{entry.name} is {value!r}; expected {getattr(kind, '__name__', kind)}")
-    sizes = {name: getattr(record, name) for name in ("n_queries", "n_corpus", "n_features")}
+    names = "n_queries", "n_corpus", "n_features", "measured_queries", "measured_corpus"
+    sizes = {name: getattr(record, name) for name in names}
     for name, size in sizes.items():
-        if size < 0:
-            raise ValueError(f"{name} is {size}; expected a number from 0 on")
+        if not 0 <= size <= MOST:
+            raise ValueError(f"{name} is {size}; expected a number from 0 to {MOST}")
     for phase, samples in record.phases.items():
         if not isinstance(samples, list) or not all(_is_duration(seconds) for seconds in samples):
             raise ValueError(f"phases[{phase!r}] is {samples!r}; expected a list of seconds")
@@ -433,7 +437,7 @@ def _check_values(record: Record) -> None:
 
 
 def _is_duration(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
 def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:

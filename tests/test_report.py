@@ -31,6 +31,7 @@ from knnbench.report.page import build_page
 from knnbench.report.picture import PICTURES, chart_of, save_picture
 from knnbench.report.rows import roof_rows, rows_of, scaling_groups, scaling_rows
 from knnbench.report.summaries import Summary, default_baseline, newest_panels, panels_of, titles_of
+from knnbench.report.table import case_table
 from knnbench.results import Results, append_record, parse_records, read_records
 from tests.generated_records import HOSTILE, MACHINE, made, many
 from tests.test_cli import invoke as invoke  # the fixture
@@ -407,7 +408,9 @@ def test_records_of_version_1_make_a_page(needs_report):
         ({"backend": ["numpy"]}, "backend is ['numpy']; expected str"),
         ({"n_queries": "100"}, "n_queries is '100'; expected int"),
         ({"n_queries": True}, "n_queries is True; expected int"),
-        ({"n_corpus": -1}, "n_corpus is -1; expected a number from 0 on"),
+        ({"n_corpus": -1}, "n_corpus is -1; expected a number from 0 to"),
+        ({"n_features": 10**400}, "n_features is 1000"),
+        ({"phases": {"call": [10**400]}}, "phases['call'] is [1000"),
         ({"phases": {"call": ["1"]}}, "phases['call'] is ['1']; expected a list of seconds"),
         ({"phases": {"call": 1.0}}, "phases['call'] is 1.0"),
         ({"phases": {"call": [-1.0]}}, "phases['call'] is [-1.0]"),
@@ -430,6 +433,11 @@ def test_whole_numbers_pass_for_numbers(tmp_path):
     path.write_text(json.dumps({**json.loads(made().to_json()), "error": 0}) + "\n")
     (record,) = read_records(path)
     assert record.error == 0
+
+
+def test_a_time_of_0_that_counts_for_nothing_is_left_out():
+    (cell,) = only_panel([made(times=[0.0], status="wrong", reason="error 1")]).cells
+    assert (cell.query_s, cell.rank, cell.limit_share) == (None, None, None)
 
 
 def test_times_without_rows_are_refused():
@@ -550,6 +558,12 @@ def test_bars_are_as_long_as_a_backend_is_fast():
     assert lengths == {"numba": 10, "numpy": 5, "torch": 0}
     hostile = printed([made("a[red]\x1b[31m", [0.1] * 9), made("b", status="crashed", phases={})])
     assert "a[red]?[31m" in hostile
+    console = Console(width=300, file=io.StringIO(), highlight=False)
+    console.print(case_table([made("a[red]\x1b[31m", dataset="[bold]\x1b[31m", status="wrong", reason="[/]\x1b")]))
+    shown = console.file.getvalue()
+    assert "a[red]?[31m" in shown
+    assert "[bold]?[31m" in shown
+    assert "wrong: [/]?" in shown
     assert "crashed" in hostile
 
 

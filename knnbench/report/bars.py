@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from knnbench.report.summaries import Panel, Summary, titles_of
-from knnbench.report.table import STATUS_STYLES, format_seconds
+from knnbench.report.table import STATUS_STYLES, format_seconds, plain
 
 __all__ = ["bars_tables"]
 
@@ -66,11 +66,6 @@ def bars_tables(panels: Sequence[Panel], width: int, *, ascii_only: bool = False
                 table.add_row(plain(name + peer), *rows)
         tables.append(table)
     return tables
-
-
-def plain(text: str) -> Text:
-    """Return a text that the terminal shows as it is: names in records must not act as markup or controls."""
-    return Text("".join(char if char.isprintable() or char == "\n" else "?" for char in text))
 
 
 def _cell(cell: Summary | None, panel: Panel, ascii_only: bool) -> Text:

@@ -1,13 +1,12 @@
 """What a comparison found, for the terminal."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from knnbench.measure.comparison import Cell, Comparison, Row, SideFacts
-from knnbench.report.table import format_seconds
+from knnbench.report.table import format_seconds, plain
 
 __all__ = ["caption_lines", "case_columns", "comparison_table", "summary_line", "verdict_words"]
 
@@ -35,10 +34,10 @@ def comparison_table(comparison: Comparison) -> Table:
     varying = {name: show for name, show in columns.items() if len({show(row) for row in rows}) > 1}
     shared = [_labelled(name, show(rows[0])) for name, show in columns.items() if name not in varying and rows]
     table = Table(
-        title=_plain(", ".join(("B against A", *filter(None, shared)))),
+        title=plain(", ".join(("B against A", *filter(None, shared)))),
         title_justify="left",
         title_style="bold",
-        caption=Text("\n").join(map(_plain, caption_lines(comparison))),
+        caption=Text("\n").join(map(plain, caption_lines(comparison))),
         caption_justify="left",
         caption_style="",
     )
@@ -49,7 +48,7 @@ def comparison_table(comparison: Comparison) -> Table:
     table.add_column("verdict", overflow="fold")
     for row in rows:
         cells = [*(show(row) for show in varying.values()), *_numbers(row)]
-        table.add_row(*map(_plain, cells), _verdict(row))
+        table.add_row(*map(plain, cells), _verdict(row))
     return table
 
 
@@ -117,7 +116,7 @@ def verdict_words(row: Row) -> list[str]:
 
 def _verdict(row: Row) -> Text:
     worst = row.accuracy if row.accuracy == "less accurate" else row.verdict
-    return _plain("; ".join(verdict_words(row)), STYLES.get(worst, ""))
+    return plain("; ".join(verdict_words(row)), STYLES.get(worst, ""))
 
 
 def caption_lines(comparison: Comparison) -> Iterable[str]:
@@ -141,8 +140,3 @@ def _side(side: SideFacts) -> str:
 
 def _noise(noise: float | None) -> str:
     return "not known, no A/A pair" if noise is None else f"{noise:.1%}"
-
-
-def _plain(text: Any, style: str = "") -> Text:
-    """Return a text that the terminal shows as it is: names in a file of records must not act as markup or controls."""
-    return Text("".join(char if char.isprintable() else "?" for char in str(text)), style=style)

@@ -280,12 +280,12 @@ def _panel(group: list[Record], is_newest: bool) -> Panel:
 
 
 def _summary(cell: Record, rank: int | None, is_fastest: bool) -> Summary:
-    query_s = low_s = high_s = rate = None
-    if cell.median_s is not None and cell.interval_s is not None and cell.pair_features:
+    query_s = low_s = high_s = rate = limit_share = None
+    if cell.median_s and cell.interval_s is not None and cell.pair_features:
         # From a call to a query against the whole corpus, where only a part of it was measured.
         scale = cell.n_corpus * cell.n_features / cell.pair_features
         query_s, low_s, high_s = (seconds * scale for seconds in (cell.median_s, *cell.interval_s))
-        rate = cell.pair_features / cell.median_s
+        rate, limit_share = cell.pair_features / cell.median_s, cell.fraction_of_floor
     return Summary(
         backend=cell.backend,
         status=cell.status,
@@ -303,7 +303,7 @@ def _summary(cell: Record, rank: int | None, is_fastest: bool) -> Summary:
         measured_corpus=cell.measured_corpus,
         error=cell.error,
         recall=cell.recall,
-        limit_share=cell.fraction_of_floor,
+        limit_share=limit_share,
         bound=cell.bound,
         rate=rate,
         intensity=None if rate is None else _intensity(cell),
