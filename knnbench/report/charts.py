@@ -62,7 +62,9 @@ def ranking(looks: Looks) -> Chart:
         base.mark_text(align="right", dx=dx, fontSize=11).encode(y=y, x=alt.value("width"), text=text)
         for dx, text in ((64, "time:N"), (122, "factor:N"))
     )
-    chart = _facet(alt.layer(interval, point, time, ratio), step=21, y="independent").transform_filter(IS_RANKED)
+    chart = _facet(alt.layer(interval, point, time, ratio), step=21, beside=225, y="independent").transform_filter(
+        IS_RANKED
+    )
     return chart.transform_calculate(
         time="(datum.is_fastest ? '= ' : '') + format(datum.query_s, '.3~s') + 's'",
         factor="!datum.ratio ? '' : datum.ratio < 0.01 ? '< 0.01×' : "
@@ -152,7 +154,7 @@ def phases(looks: Looks) -> Chart:
         )
     )
     return (
-        _facet(alt.layer(bars), step=21, y="independent")
+        _facet(alt.layer(bars), step=21, beside=115, y="independent")
         .transform_filter("datum.call_s != null")
         .transform_calculate(start_s=" + ".join(f"(datum.{field} || 0)" for field in fields))
         .transform_fold(list(fields), as_=["field", "seconds"])
@@ -174,7 +176,7 @@ def memory(looks: Looks) -> Chart:
     bars = base.mark_bar(height=11).encode(y=y, x=x, color=_colour(looks, legend=False), tooltip=_tooltip())
     text = base.mark_text(align="right", dx=50, fontSize=11).encode(y=y, x=alt.value("width"), text="peak:N")
     return (
-        _facet(alt.layer(bars, text), step=21, y="independent")
+        _facet(alt.layer(bars, text), step=21, beside=155, y="independent")
         .transform_filter("datum.peak_bytes != null && datum.call_s != null")
         .transform_calculate(peak_mb="datum.peak_bytes / 1e6")
         .transform_calculate(peak="datum.peak_mb < 1 ? '< 1' : format(datum.peak_mb, ',.0f')")
@@ -308,7 +310,7 @@ def theme(mode: str) -> dict[str, Any]:
                    "labelLimit": 360, "title": None},
         "legend": {"labelColor": text, "titleColor": faint, "labelFontSize": 11, "titleFontSize": 11},
         "text": {"color": text},
-        "title": {"color": text, "anchor": "start", "fontSize": 15, "subtitleColor": faint},
+        "title": {"color": text, "anchor": "start", "fontSize": 15, "subtitleColor": faint, "offset": 14},
     }  # fmt: skip
 
 
@@ -365,15 +367,18 @@ def _tooltip() -> list[alt.Tooltip]:
     ]
 
 
-def _facet(layers: Chart, *, step: int = 0, height: int = 0, **scales: str) -> Chart:
+def _facet(layers: Chart, *, step: int = 0, height: int = 0, beside: int = 28, **scales: str) -> Chart:
     """Return a chart of small multiples, one for each panel, in the order of the rows.
 
     What transforms the rows belongs on the result: in a layer it would come after the rows are split into panels, so
-    that empty panels stay and heights are those of all rows.
+    that empty panels stay and heights are those of all rows. Panels stand in line, `beside` pixels apart, which labels
+    and text between them must fit.
     """
     sized = layers.properties(width=280, height=alt.Step(step) if step else height)
     order = alt.EncodingSortField("panel_order", op="min", order="ascending")
     header = alt.Header(labelExpr="split(datum.label, '\\n')")  # long titles come in lines
     facet = alt.Facet("panel:N", title=None, sort=order, header=header)
-    chart = sized.facet(facet=facet, columns=3, data=alt.NamedData(DATA), spacing={"column": 24, "row": 18})
+    chart = sized.facet(
+        facet=facet, columns=3, data=alt.NamedData(DATA), spacing={"column": beside, "row": 50}, bounds="flush"
+    )
     return chart.resolve_scale(**scales) if scales else chart

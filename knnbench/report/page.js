@@ -213,14 +213,15 @@
     return [...groups.values()];
   }
 
-  // Charts. Each: the rows it is given, what is kept free beside a facet (labels and text), and what it says in words.
+  // Charts. Each: the rows it is given; the pixels before all facets (lead), and, of those beside each, the ones that
+  // labels take; whether it has a legend; and what it says in words.
 
   const named = (list) => (list.length > 6 ? list.slice(0, 6).join("; ") + `; and ${list.length - 6} more` : list.join("; ")) + ".";
   const fastestIn = (rows) => named(glance(rows).map((row) => `${row.panel}: fastest ${row.names}, ${seconds(row.query_s)} a query`));
   const charts = {
-    ranking: { rows: (rows) => rows, beside: 212, lead: 0, legend: false, words: (rows) => "Time for a query. " + fastestIn(rows) },
+    ranking: { rows: (rows) => rows, lead: 0, labels: 110, legend: false, words: (rows) => "Time for a query. " + fastestIn(rows) },
     accuracy: {
-      rows: (rows) => rows.filter((row) => row.error !== null), beside: 12, lead: 62, legend: true,
+      rows: (rows) => rows.filter((row) => row.error !== null), lead: 62, labels: 0, legend: true,
       words: (rows) => "Queries a second against error. " + named(panelsOf(rows).map((group) => {
         const ranked = group.filter((row) => row.rank !== null).sort((a, b) => a.error - b.error || a.query_s - b.query_s);
         let best = 0;
@@ -233,14 +234,14 @@
       words: (rows) => "Rate against arithmetic intensity. Nearest to the limit: " + named([...rows].sort((a, b) => b.limit_share - a.limit_share).slice(0, 6).map((row) => `${row.backend} on ${row.panel}, ${percent(row.limit_share)} of ${row.bound}`)),
     },
     scaling: {
-      rows: scalingRows, beside: 12, lead: 62, legend: true,
+      rows: scalingRows, lead: 62, labels: 0, legend: true,
       words: (rows) => `Time for all queries against ${page.axes[state.axis] || ""}. ` + named(panelsOf(rows).map((group) => `${group[0].panel}: fastest ` + group.filter((row) => row.rank === 1).sort((a, b) => a.x - b.x).map((row) => `${row.backend} at ${whole(row.x)}`).join(", "))),
     },
-    phases: { rows: (rows) => rows.filter((row) => row.call_s !== null), beside: 95, lead: 12, legend: false, words: () => "Seconds of loading, preparing and the first call, stacked, for each backend. The values are in the table of all cells." },
-    memory: { rows: (rows) => rows.filter((row) => row.peak_bytes !== null && row.call_s !== null), beside: 150, lead: 0, legend: false, words: () => "Peak memory of each backend. The values are in the table of all cells." },
+    phases: { rows: (rows) => rows.filter((row) => row.call_s !== null), lead: 0, labels: 110, legend: false, words: () => "Seconds of loading, preparing and the first call, stacked, for each backend. The values are in the table of all cells." },
+    memory: { rows: (rows) => rows.filter((row) => row.peak_bytes !== null && row.call_s !== null), lead: 0, labels: 110, legend: false, words: () => "Peak memory of each backend. The values are in the table of all cells." },
     comparison: { rows: () => (page.comparison ? page.comparison.rows.filter((row) => row.ratio !== null).slice(0, MANY) : []), legend: false, words: (rows) => "Ratios of B to A. " + named(rows.map((row) => `${row.cell}: ${row.verdict}, ${significant(row.ratio, 3)}`)) },
     choices: {
-      rows: () => (page.choices ? page.choices.rows.filter((row) => row.way === state.way) : []), beside: 12, lead: 62, legend: true,
+      rows: () => (page.choices ? page.choices.rows.filter((row) => row.way === state.way) : []), lead: 62, labels: 0, legend: true,
       words: (rows) => `The fastest backend of ${rows.length} problems; for ${rows.filter((row) => row.regret > 1.02).length} of them another was chosen that took over 2 % longer.`,
     },
     accuracy_by_k: { rows: () => (page.classifiers ? page.classifiers.accuracy_by_k : []), legend: false, words: (rows) => "Right labels of the nearest-neighbour classifier. " + named(rows.map((row) => `${row.metric}, k = ${row.k}: ${significant(100 * row.accuracy, 4)} %`)) },
@@ -264,7 +265,7 @@
   const harmless = (text) => (text in Object.prototype ? "\u200b" + text : text);
   function inLines(text, letters) {
     const lines = [""];
-    for (const word of (text || "").split(" ")) {
+    for (const word of (text || "").replaceAll(" x ", "\u00a0x\u00a0").split(" ")) {
       if (lines.at(-1) && lines.at(-1).length + word.length >= letters) lines.push("");
       lines[lines.length - 1] += (lines.at(-1) ? " " : "") + word;
     }
@@ -287,12 +288,12 @@
     }
     const width = figure.clientWidth;
     if (isFaceted) {
-      const fits = Math.floor((width - chart.lead + 24) / (chart.beside + 150 + 24));
+      const beside = spec.spacing.column, fits = Math.floor((width - chart.lead) / (beside + 150));
       spec.columns = Math.max(1, Math.min(3, fits, isCut ? state.panels : groups.length));
-      spec.spec.width = Math.min(420, Math.max(110, Math.floor((width - chart.lead - 24 * (spec.columns - 1)) / spec.columns - chart.beside)));
+      spec.spec.width = Math.min(420, Math.max(110, Math.floor((width - chart.lead) / spec.columns - beside)));
     } else spec.width = Math.max(180, Math.min(760, width - (name === "comparison" ? 300 : 90)));
     spec.description = chart.words(wanted);
-    const letters = isFaceted ? Math.floor((spec.spec.width + chart.beside) / 7.5) : 80;
+    const letters = isFaceted ? Math.floor((spec.spec.width + spec.spacing.column - chart.labels) / 7.4) : 80;
     spec.datasets = { roofs, rows: wanted.map((row) => ({ ...row, panel: inLines(harmless(row.panel), letters), backend: harmless(row.backend) })) };
     const isDark = document.documentElement.dataset.theme === "dark";
     const drawing = element("div", { class: "drawing" }), made = element("div");

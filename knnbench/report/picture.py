@@ -8,7 +8,7 @@ from typing import Any
 from knnbench.errors import InvalidInputError, MissingLibraryError
 from knnbench.report.files import write_file
 from knnbench.report.rows import AXES, looks_in, roof_rows, rows_of, scaling_groups, scaling_rows
-from knnbench.report.summaries import Panel, newest_panels, titles_of
+from knnbench.report.summaries import Panel, default_baseline, newest_panels, titles_of
 
 __all__ = ["PICTURES", "SUFFIXES", "chart_of", "load_page_builder", "save_picture"]
 
@@ -21,6 +21,8 @@ INSTALL = "pip install 'knnbench[report]'"
 # Panels of one picture; more would be too small to read, and take minutes.
 MOST_PANELS = 24
 TITLE_WIDTH = 44
+COLUMNS = 2
+WIDTH = 240
 
 
 def chart_of(panels: Sequence[Panel], name: str = "ranking", *, baseline: str = "", mode: str = "light") -> Any:
@@ -71,10 +73,15 @@ def chart_of(panels: Sequence[Panel], name: str = "ranking", *, baseline: str = 
     chart = CHARTS[kind](looks_in(panels))
     made = chart.to_dict()
     for row in rows:
-        row["panel"] = textwrap.fill(row["panel"], TITLE_WIDTH)
+        row["panel"] = textwrap.fill(row["panel"].replace(" x ", "\u00a0x\u00a0"), TITLE_WIDTH)
     made["datasets"] = {DATA: rows, ROOFS: roof_rows(panels)} if kind == "roofline" else {DATA: rows}
     made["config"] = theme(mode)
-    made["title"] = {"text": TITLES[kind].format(axis=AXES.get(axis, "")), "subtitle": titles_of(panels)[0]}
+    baseline = baseline or default_baseline(panels)
+    lines = [titles_of(panels)[0], NOTES.get(kind, "").format(baseline=baseline)]
+    made["title"] = {"text": TITLES[kind].format(axis=AXES.get(axis, "")), "subtitle": [*filter(None, lines)]}
+    if "facet" in made:  # as wide as the column of text on a page that shows it
+        made["columns"] = COLUMNS
+        made["spec"]["width"] = WIDTH
     return altair.Chart.from_dict(made)
 
 
@@ -96,12 +103,19 @@ def load_page_builder() -> Callable[..., str]:
 
 
 TITLES = {
-    "ranking": "Time for a query, and × as fast as the baseline",
+    "ranking": "Ranking",
     "accuracy": "Accuracy against speed",
     "roofline": "Roofline",
     "scaling": "Time for all queries against {axis}",
     "phases": "Before the first answer",
     "memory": "Memory",
+}
+
+
+NOTES = {
+    "ranking": "time for a query, and × as fast as {baseline}; =: the fastest, and what cannot be told from it",
+    "accuracy": "dashed: the Pareto front",
+    "scaling": "ringed: the fastest",
 }
 
 
