@@ -7,7 +7,7 @@ two backends share colour, shape and filling, so that none is told by its colour
 import zlib
 from dataclasses import dataclass
 
-__all__ = ["BACKGROUNDS", "Look", "look_of"]
+__all__ = ["BACKGROUNDS", "COLOURS", "Look", "look_of"]
 
 BACKGROUNDS = {"light": "#ffffff", "dark": "#15191e"}
 

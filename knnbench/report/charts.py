@@ -11,7 +11,7 @@ from typing import Any
 
 import altair as alt
 
-from knnbench.report.appearance import Look
+from knnbench.report.appearance import COLOURS, Look
 
 __all__ = ["CHARTS", "DATA", "PHASE_COLOURS", "ROOFS", "VERDICT_LOOKS", "theme"]
 
@@ -120,14 +120,14 @@ def scaling(looks: Looks) -> Chart:
     base = alt.Chart()
     x = alt.X("x:Q", title=None, scale=_log(), axis=_si(""))
     y = alt.Y("total_s:Q", title="time for all queries", scale=_log(), axis=_si("s"))
-    lines = base.mark_line(opacity=0.6).encode(x=x, y=y, color=_colour(looks, legend=False), detail="backend:N")
+    lines = base.mark_line(opacity=0.6).encode(x=x, y=y, color=_colour(looks), detail="backend:N")
     points = _points(base, looks).encode(x=x, y=y, tooltip=_tooltip())
     rings = (
         base.transform_filter("datum.rank == 1")
         .mark_point(shape="circle", size=230, color="#7b8088", strokeWidth=1.5)
         .encode(x=x, y=y)
     )
-    return _facet(alt.layer(lines, rings, points), height=240, x="independent").transform_filter(IS_RANKED)
+    return _facet(alt.layer(lines, rings, points), height=240, below=72, x="independent").transform_filter(IS_RANKED)
 
 
 def phases(looks: Looks) -> Chart:
@@ -234,6 +234,7 @@ def choices(looks: Looks) -> Chart:
             size=alt.Size(
                 "regret:Q",
                 title="regret of another choice",
+                legend=alt.Legend(orient="bottom", values=[1.1, 1.5, 2, 4]),
                 scale=alt.Scale(domain=[1, 4], range=[180, 900], clamp=True),
             ),
         )
@@ -243,31 +244,30 @@ def choices(looks: Looks) -> Chart:
 
 def accuracy_by_k(looks: Looks) -> Chart:
     """Return the share of right labels of the nearest-neighbour classifier, by k."""
-    metric = {"color": alt.Color("metric:N", title=None), "shape": alt.Shape("metric:N", title=None)}
-    chart = (
-        alt.Chart()
-        .mark_line(point=alt.OverlayMarkDef(filled=True, size=60))
-        .encode(
-            x=alt.X("k:O", title="k"),
-            y=alt.Y("accuracy:Q", title="right labels", scale=alt.Scale(zero=False), axis=alt.Axis(format=".1%")),
-            strokeDash=alt.StrokeDash("metric:N", title=None),
-            **metric,
-            tooltip=["metric:N", "k:O", alt.Tooltip("accuracy:Q", format=".2%")],
-        )
+    colours = alt.Scale(range=list(COLOURS.values()))
+    base = alt.Chart().encode(
+        x=alt.X("k:O", title="k", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("accuracy:Q", title="right labels", scale=alt.Scale(zero=False), axis=alt.Axis(format=".1%")),
+        color=alt.Color("metric:N", scale=colours, legend=None),
+        tooltip=["metric:N", "k:O", alt.Tooltip("accuracy:Q", format=".2%")],
     )
-    return _alone(chart, width=420, height=240)
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(shape=alt.Shape("metric:N", legend=None))
+    ends = base.transform_joinaggregate(last="max(k)").transform_filter("datum.k == datum.last")
+    names = ends.mark_text(align="left", dx=10, fontSize=11).encode(text="metric:N")
+    return _alone(alt.layer(base.mark_line(opacity=0.7), points, names), width=420, height=240)
 
 
 def loss_curves(looks: Looks) -> Chart:
     """Return the best loss of the random search, by iteration."""
+    legend = alt.Legend(orient="top")
     chart = (
         alt.Chart()
-        .mark_line(interpolate="step-after", opacity=0.8)
+        .mark_line(interpolate="step-after")
         .encode(
             x=alt.X("iteration:Q", title="iteration"),
             y=alt.Y("loss:Q", title="mean loss", scale=alt.Scale(type="log", nice=False)),
-            color=alt.Color("seed:N", title="seed"),
-            strokeDash=alt.StrokeDash("seed:N", title="seed"),
+            color=alt.Color("seed:N", title=None, legend=legend, scale=alt.Scale(range=list(COLOURS.values()))),
+            strokeDash=alt.StrokeDash("seed:N", title=None, legend=legend),
             tooltip=["seed:N", "iteration:Q", alt.Tooltip("loss:Q", format=".4f")],
         )
     )
@@ -367,18 +367,18 @@ def _tooltip() -> list[alt.Tooltip]:
     ]
 
 
-def _facet(layers: Chart, *, step: int = 0, height: int = 0, beside: int = 28, **scales: str) -> Chart:
+def _facet(layers: Chart, *, step: int = 0, height: int = 0, beside: int = 28, below: int = 50, **scales: str) -> Chart:
     """Return a chart of small multiples, one for each panel, in the order of the rows.
 
     What transforms the rows belongs on the result: in a layer it would come after the rows are split into panels, so
-    that empty panels stay and heights are those of all rows. Panels stand in line, `beside` pixels apart, which labels
-    and text between them must fit.
+    that empty panels stay and heights are those of all rows. Panels stand in line, `beside` and `below` pixels apart,
+    which labels and text between them must fit.
     """
     sized = layers.properties(width=280, height=alt.Step(step) if step else height)
     order = alt.EncodingSortField("panel_order", op="min", order="ascending")
     header = alt.Header(labelExpr="split(datum.label, '\\n')")  # long titles come in lines
     facet = alt.Facet("panel:N", title=None, sort=order, header=header)
     chart = sized.facet(
-        facet=facet, columns=3, data=alt.NamedData(DATA), spacing={"column": beside, "row": 50}, bounds="flush"
+        facet=facet, columns=3, data=alt.NamedData(DATA), spacing={"column": beside, "row": below}, bounds="flush"
     )
     return chart.resolve_scale(**scales) if scales else chart

@@ -57,7 +57,7 @@ def classifier_facts(name: str = "", n_queries: int = MOST_QUERIES) -> dict[str,
         search = RandomSearchClassifier(max_iter=ITERATIONS, patience=ITERATIONS, random_state=seed)
         search.fit(data.X_train, data.y_train)
         steps = zip(search.accepted_iterations_.tolist(), search.loss_curve_.tolist(), strict=True)
-        curves += [{"seed": str(seed), "iteration": step, "loss": loss} for step, loss in steps]
+        curves += [{"seed": f"seed {seed}", "iteration": step, "loss": loss} for step, loss in steps]
     lead = (
         f"Computed for this page on {name}: {len(data.X_train):,} training and {len(X_test):,} test images; the random "
         f"search for {ITERATIONS} iterations with {SEEDS} seeds, without early stop."

@@ -291,7 +291,7 @@
       const beside = spec.spacing.column, fits = Math.floor((width - chart.lead) / (beside + 150));
       spec.columns = Math.max(1, Math.min(3, fits, isCut ? state.panels : groups.length));
       spec.spec.width = Math.min(420, Math.max(110, Math.floor((width - chart.lead) / spec.columns - beside)));
-    } else spec.width = Math.max(180, Math.min(760, width - (name === "comparison" ? 300 : 90)));
+    } else spec.width = Math.max(180, Math.min(760, width - (name === "comparison" ? 300 : 130)));
     spec.description = chart.words(wanted);
     const letters = isFaceted ? Math.floor((spec.spec.width + spec.spacing.column - chart.labels) / 7.4) : 80;
     spec.datasets = { roofs, rows: wanted.map((row) => ({ ...row, panel: inLines(harmless(row.panel), letters), backend: harmless(row.backend) })) };
