@@ -593,9 +593,9 @@ def indistinguishable(records: Iterable[Record], *, alpha: float = ALPHA, min_ch
     if not cells:
         return set()
     fastest = min(cells.values(), key=lambda cell: float(np.median(cell.samples)))
-    near = set()
+    near = {name for name, cell in cells.items() if cell is fastest}
     for name, cell in cells.items():
-        if _are_clearly_apart(fastest, cell, alpha, threshold):
+        if cell is fastest or _are_clearly_apart(fastest, cell, alpha, threshold):
             continue
         row = _row({}, fastest, cell, alpha, threshold)
         assert row.change is not None

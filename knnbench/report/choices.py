@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from knnbench.errors import InvalidInputError
+from knnbench.report.appearance import look_of
 from knnbench.selection.problem import Problem
 from knnbench.selection.regret import Outcome, summaries
 
@@ -72,7 +73,7 @@ def choice_rows(path: Path) -> dict[str, Any]:
                     "n_features": problem.n_features,
                     "metric": problem.metric,
                     "shape": shape + (f", k={problem.k}" if problem.k else ""),
-                    "filled": True,
+                    "filled": look_of(fastest).filled,
                 }
             )
     return {"rows": rows, "summaries": [asdict(summary) for summary in summaries(outcomes)]}
