@@ -357,8 +357,8 @@
 
   // Controls
 
-  function select(label, options, value, changed) {
-    const made = element("select", {}, ...options.map(([key, text]) => element("option", { value: key, selected: key === value }, text)));
+  function select(name, label, options, value, changed) {
+    const made = element("select", { id: "filter-" + name }, ...options.map(([key, text]) => element("option", { value: key, selected: key === value }, text)));
     made.addEventListener("change", () => { state.panels = PANELS; changed(made.value); update(); });
     return element("label", {}, label, made);
   }
@@ -371,14 +371,13 @@
       const values = [...new Set(page.panels.map((panel) => String(panel[name])))].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
       if (values.length < 2) continue;
       state.filters[name] = "";
-      const made = select(label, [["", "all"], ...values.map((value) => [value, value === "null" ? "none" : value || "not known"])], "", (value) => { state.filters[name] = value; });
-      made.querySelector("select").id = "filter-" + name;
-      form.append(made);
+      const options = [["", "all"], ...values.map((value) => [value, value === "null" ? "none" : value || "not known"])];
+      form.append(select(name, label, options, "", (value) => { state.filters[name] = value; }));
     }
     const runs = new Map(page.panels.map((panel) => [panel.run, panel.started || panel.run]));
-    if (runs.size > 1) form.append(select("Runs", [["newest", "newest of each case"], ["all", "all"], ...runs], "newest", (value) => { state.runs = value; }));
+    if (runs.size > 1) form.append(select("runs", "Runs", [["newest", "newest of each case"], ["all", "all"], ...runs], "newest", (value) => { state.runs = value; }));
     const backends = page.backends;
-    form.append(select("Baseline", backends.map((name) => [name, name]), state.baseline, (value) => { state.baseline = value; }));
+    form.append(select("baseline", "Baseline", backends.map((name) => [name, name]), state.baseline, (value) => { state.baseline = value; }));
     const boxes = backends.map((name) => {
       const box = element("input", { type: "checkbox", checked: true, value: name, name: "backend" });
       box.addEventListener("change", () => { if (box.checked) state.hidden.delete(name); else state.hidden.add(name); update(); });
