@@ -15,7 +15,7 @@ from knnbench.report.choices import choice_rows
 from knnbench.report.export import csv_text, markdown_text
 from knnbench.report.files import write_file
 from knnbench.report.picture import SUFFIXES, chart_of, load_page_builder, save_picture
-from knnbench.report.summaries import Panel, newest_panels, panels_of
+from knnbench.report.summaries import Panel, current_panels, panels_of
 from knnbench.report.table import absent_table, case_table
 from knnbench.results import Record, read_records
 
@@ -100,13 +100,13 @@ def report(
 
 def show(
     results: Results = None,
-    every: Annotated[bool, typer.Option("--all", help="All runs, not only the newest of each case.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All runs, not only those that no later one replaces.")] = False,
     bars: Annotated[bool, typer.Option("--bars", help="Only the bars of all cases.")] = False,
 ) -> None:
     """Show what was measured: a table for each case, and bars of all."""
     records = _records(results or [OUTPUT])
     panels = panels_of(records)
-    shown = panels if every else newest_panels(panels)
+    shown = panels if every else current_panels(panels)
     if not bars:
         for panel in shown:
             there = [record for record in panel.records if record.status != "absent"]

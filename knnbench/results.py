@@ -298,11 +298,11 @@ class Results(list[Record]):
         return chart_of(panels_of(self), chart, baseline=baseline, mode=mode)
 
     def _repr_html_(self) -> str:
-        """Return a table for notebooks: backends and, for the newest run of each case, the time for a query."""
+        """Return a table for notebooks: backends and, for each case, the time for a query, of the newest runs."""
         from knnbench.report.export import html_text
-        from knnbench.report.summaries import newest_panels, panels_of
+        from knnbench.report.summaries import current_panels, panels_of
 
-        return html_text(newest_panels(panels_of(self)))
+        return html_text(current_panels(panels_of(self)))
 
 
 def case_name(op: str, metric: str, dataset: str, dtype: str, shape: tuple[int, int, int], k: int | None) -> str:

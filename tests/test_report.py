@@ -30,7 +30,7 @@ from knnbench.report.export import COLUMNS, csv_text, html_text, markdown_text
 from knnbench.report.page import build_page
 from knnbench.report.picture import PICTURES, chart_of, save_picture
 from knnbench.report.rows import roof_rows, rows_of, scaling_groups, scaling_rows
-from knnbench.report.summaries import Summary, default_baseline, newest_panels, panels_of, titles_of
+from knnbench.report.summaries import Summary, current_panels, default_baseline, panels_of, titles_of
 from knnbench.report.table import case_table
 from knnbench.results import Results, append_record, parse_records, read_records
 from tests.generated_records import HOSTILE, MACHINE, made, many
@@ -98,9 +98,9 @@ def test_runs_machines_and_threads_are_panels_of_their_own():
     records = [made(), made(threads=1), made(machine=other_machine), made(**LATER), made(metric="cosine")]
     panels = panels_of(records)
     assert len(panels) == 5
-    assert [panel.is_newest for panel in panels].count(False) == 1
+    assert [panel.is_current for panel in panels].count(False) == 1
     assert len(set(titles_of(panels)[1])) == 5
-    newest = newest_panels(panels)
+    newest = current_panels(panels)
     assert {panel.run for panel in newest if panel.metric == "cityblock" and panel.threads == 2} == {
         LATER["run"], records[0].run,
     }  # fmt: skip
@@ -109,8 +109,18 @@ def test_runs_machines_and_threads_are_panels_of_their_own():
 def test_of_runs_of_one_second_the_last_is_the_newest():
     first, second = made(run="a"), made(run="b", seed=1)
     panels = panels_of([first, second])
-    assert {panel.run: panel.is_newest for panel in panels} == {"a": False, "b": True}
+    assert {panel.run: panel.is_current for panel in panels} == {"a": False, "b": True}
     assert len(set(titles_of(panels)[1])) == 2
+
+
+def test_a_later_run_of_fewer_backends_hides_nothing():
+    later = [made("numba", seed=1, **LATER)]
+    panels = panels_of([*ONE_CASE, *later])
+    assert [(len(panel.cells), panel.is_current) for panel in panels] == [(1, True), (4, True)]
+    panels = panels_of([*ONE_CASE, *later, *(replace(record, run="c", started="2026-11-28") for record in ONE_CASE)])
+    assert [panel.is_current for panel in panels] == [True, False, False]
+    nothing = replace(made("numba", **LATER), status="crashed", phases={})
+    assert all(panel.is_current for panel in panels_of([*ONE_CASE, nothing]))
 
 
 def test_titles_say_what_differs_and_only_that():

@@ -35,7 +35,7 @@
 
   const isShown = (row) =>
     Object.entries(state.filters).every(([name, value]) => value === "" || String(row[name]) === value) &&
-    (state.runs === "all" || (state.runs === "newest" ? row.is_newest : row.run === state.runs)) &&
+    (state.runs === "all" || (state.runs === "newest" ? row.is_current : row.run === state.runs)) &&
     !state.hidden.has(row.backend);
 
   // Text of values
@@ -375,7 +375,7 @@
       form.append(select(name, label, options, "", (value) => { state.filters[name] = value; }));
     }
     const runs = new Map(page.panels.map((panel) => [panel.run, panel.started || panel.run]));
-    if (runs.size > 1) form.append(select("runs", "Runs", [["newest", "newest of each case"], ["all", "all"], ...runs], "newest", (value) => { state.runs = value; }));
+    if (runs.size > 1) form.append(select("runs", "Runs", [["newest", "newest of each backend"], ["all", "all"], ...runs], "newest", (value) => { state.runs = value; }));
     const backends = page.backends;
     form.append(select("baseline", "Baseline", backends.map((name) => [name, name]), state.baseline, (value) => { state.baseline = value; }));
     const boxes = backends.map((name) => {

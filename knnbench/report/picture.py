@@ -8,7 +8,7 @@ from typing import Any
 from knnbench.errors import InvalidInputError, MissingLibraryError
 from knnbench.report.files import write_file
 from knnbench.report.rows import AXES, looks_in, roof_rows, rows_of, scaling_groups, scaling_rows
-from knnbench.report.summaries import Panel, default_baseline, newest_panels, titles_of
+from knnbench.report.summaries import Panel, current_panels, default_baseline, titles_of
 
 __all__ = ["PICTURES", "SUFFIXES", "chart_of", "load_page_builder", "save_picture"]
 
@@ -31,7 +31,7 @@ def chart_of(panels: Sequence[Panel], name: str = "ranking", *, baseline: str = 
     Parameters
     ----------
     panels : sequence of Panel
-        Of several runs of a case the newest is shown.
+        Those that no later run has taken the place of are shown.
     name : str
         One of `PICTURES`; ``"scaling"`` may be followed by one of `AXES`, as in ``"scaling:n_corpus"``.
     baseline : str
@@ -60,7 +60,7 @@ def chart_of(panels: Sequence[Panel], name: str = "ranking", *, baseline: str = 
         from knnbench.report.charts import CHARTS, DATA, ROOFS, theme
     except ImportError as error:
         raise MissingLibraryError(f"charts need Vega-Altair ({error}): {INSTALL}.") from None
-    panels = newest_panels(panels)[:MOST_PANELS]
+    panels = current_panels(panels)[:MOST_PANELS]
     if kind == "scaling":
         axes = [group["axis"] for group in scaling_groups(panels)]
         axis = axis or next(iter(axes), "")

@@ -11,7 +11,7 @@ __all__ = ["AXES", "PANEL_FIELDS", "looks_in", "roof_rows", "rows_of", "scaling_
 
 PANEL_FIELDS = (
     "op", "metric", "dataset", "dtype", "k", "n_queries", "n_corpus", "n_features", "threads", "machine", "commit",
-    "version", "run", "started", "is_adversarial", "noise", "is_newest",
+    "version", "run", "started", "is_adversarial", "noise", "is_current",
 )  # fmt: skip
 """What a row has of its panel."""
 
@@ -74,7 +74,7 @@ def scaling_groups(panels: Sequence[Panel]) -> list[dict[str, Any]]:
         groups: dict[tuple[Any, ...], dict[int, int]] = {}
         for place, panel in enumerate(panels):
             value = getattr(panel, axis)
-            if panel.is_newest and value:
+            if panel.is_current and value:
                 key = tuple(getattr(panel, name) for name in names if name != axis)
                 groups.setdefault(key, {}).setdefault(value, place)
         groups = {key: places for key, places in groups.items() if len(places) > 1}

@@ -14,7 +14,7 @@ from knnbench.errors import InvalidInputError
 from knnbench.measure.comparison import commit_name, indistinguishable, machine_name, noise
 from knnbench.results import Record
 
-__all__ = ["Panel", "Summary", "default_baseline", "newest_panels", "panels_of", "titles_of"]
+__all__ = ["Panel", "Summary", "current_panels", "default_baseline", "panels_of", "titles_of"]
 
 # Ratios are against the first of these that was measured.
 BASELINES = ("numpy", "sklearn", "scipy", "faiss", "python")
@@ -115,8 +115,8 @@ class Panel:
         Whether the data are made to be hard to compute with.
     noise : float or None
         `knnbench.measure.comparison.noise` of it.
-    is_newest : bool
-        Whether no later run has the same case on the same machine with as many threads.
+    is_current : bool
+        Whether no later run measured all of its backends, on the same case and machine with as many threads.
     facts : dict
         Of the machine.
     libraries : dict of str to str
@@ -142,7 +142,7 @@ class Panel:
     started: str
     is_adversarial: bool
     noise: float | None
-    is_newest: bool
+    is_current: bool
     facts: dict[str, Any]
     libraries: dict[str, str]
     cells: list[Summary]
@@ -165,25 +165,21 @@ def panels_of(records: Iterable[Record]) -> list[Panel]:
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         groups.setdefault((record.case, machine_name(record), record.threads, record.run), []).append(record)
-    newest: dict[tuple[Any, ...], str] = {}
-    for (case, machine, threads, _), group in groups.items():
-        place = case, machine, threads
-        newest[place] = max(newest.get(place, ""), _started(group))
-    found, seen = [], set()
-    # From the end, so that of runs which began in the same second the last in the file is the newest.
-    for (case, machine, threads, _), group in reversed(groups.items()):
-        place = case, machine, threads
-        is_newest = place not in seen and _started(group) == newest[place]
-        if is_newest:
-            seen.add(place)
-        found.append(_panel(group, is_newest))
-    found.sort(key=lambda panel: panel.started, reverse=True)
+    # Newest first; of runs that began in the same second, the last in the file.
+    order = sorted(enumerate(groups.items()), key=lambda item: (_started(item[1][1]), item[0]), reverse=True)
+    found = []
+    later: dict[tuple[Any, ...], list[set[str]]] = {}
+    for _, ((case, machine, threads, _), group) in order:
+        measured = {record.backend for record in group if record.times_s}
+        newer = later.setdefault((case, machine, threads), [])
+        found.append(_panel(group, is_current=not any(measured <= names for names in newer)))
+        newer.append(measured)
     return sorted(found, key=_case_order)
 
 
-def newest_panels(panels: Sequence[Panel]) -> list[Panel]:
-    """Return, of each case, machine and number of threads, the panel of the newest run."""
-    return [panel for panel in panels if panel.is_newest]
+def current_panels(panels: Sequence[Panel]) -> list[Panel]:
+    """Return the panels that no later run has taken the place of."""
+    return [panel for panel in panels if panel.is_current]
 
 
 def default_baseline(panels: Iterable[Panel]) -> str:
@@ -241,7 +237,7 @@ def _started(group: Sequence[Record]) -> str:
     return max(record.started for record in group)
 
 
-def _panel(group: list[Record], is_newest: bool) -> Panel:
+def _panel(group: list[Record], is_current: bool) -> Panel:
     # What comes later in a file is newer: a run that went on, or the same file given twice.
     cells = {record.backend: record for record in group if not record.twin}
     shown = [*cells.values(), *{record.backend: record for record in group if record.twin}.values()]
@@ -271,7 +267,7 @@ def _panel(group: list[Record], is_newest: bool) -> Panel:
         started=_started(group),
         is_adversarial=first.dataset.rpartition(":")[2] in ADVERSARIAL_KINDS,
         noise=difference,
-        is_newest=is_newest,
+        is_current=is_current,
         facts=first.machine,
         libraries={name: str(text) for record in group for name, text in record.libraries.items()},
         cells=[_summary(cell, ranks.get(cell.backend), cell.backend in fastest) for cell in (*good, *others)],
