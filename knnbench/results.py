@@ -242,7 +242,7 @@ class Results(list[Record]):
     >>> results = Results([Record(op="knn", backend="numpy", metric="cosine", dataset="digits", dtype="uint8", k=3,
     ...                           n_queries=10, n_corpus=100, n_features=64, status="ok", measured_queries=10,
     ...                           measured_corpus=100, phases={"call": [0.3, 0.1, 0.2]})])
-    >>> results.to_frame().query_s.tolist()
+    >>> results.to_frame().query_s.round(6).tolist()
     [0.02]
     """
 
