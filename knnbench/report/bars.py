@@ -1,5 +1,6 @@
 """All cases at once, for the terminal: a bar for each backend, as long as it is fast."""
 
+import math
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -36,7 +37,8 @@ def bars_tables(panels: Sequence[Panel], width: int, *, ascii_only: bool = False
         query. What was not measured has its status. Absent backends are left out.
     """
     shared, titles = titles_of(panels)
-    step = max(1, (width - NAMES) // (BAR + BESIDE))
+    most = max(1, (width - NAMES) // (BAR + BESIDE))
+    step = math.ceil(len(panels) / max(1, math.ceil(len(panels) / most))) or 1  # tables of one width
     names: dict[str, list[int]] = {}
     for panel in panels:
         for cell in panel.cells:

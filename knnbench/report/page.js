@@ -294,7 +294,10 @@
     } else spec.width = Math.max(180, Math.min(760, width - (name === "comparison" ? 300 : 130)));
     spec.description = chart.words(wanted);
     const letters = isFaceted ? Math.floor((spec.spec.width + spec.spacing.column - chart.labels) / 7.4) : 80;
-    spec.datasets = { roofs, rows: wanted.map((row) => ({ ...row, panel: inLines(harmless(row.panel), letters), backend: harmless(row.backend) })) };
+    const shownRows = wanted.map((row) => ({ ...row, panel: inLines(harmless(row.panel), letters), backend: harmless(row.backend) }));
+    spec.datasets = { roofs, rows: shownRows };
+    // A facet leaves room for titles of two lines.
+    if (isFaceted) spec.spacing.row += 15 * Math.max(0, Math.max(...shownRows.map((row) => row.panel.split("\n").length)) - 2);
     const isDark = document.documentElement.dataset.theme === "dark";
     const drawing = element("div", { class: "drawing" }), made = element("div");
     drawing.append(made);

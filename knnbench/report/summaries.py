@@ -209,9 +209,9 @@ def titles_of(panels: Sequence[Panel]) -> tuple[str, list[str]]:
         # A metric and a dtype are what a panel is called, alone too.
         (shared if is_shared and name not in ("metric", "dtype") else varying).append(text)
     titles = [", ".join(filter(None, (text(panel) for text in varying))) for panel in panels]
-    counts = Counter(titles)
+    counts = Counter(title for panel, title in zip(panels, titles, strict=True) if panel.is_current)
     titles = [
-        f"{title}, {_run_name(panel)}" if counts[title] > 1 else title
+        f"{title}, {_run_name(panel)}" if counts[title] > 1 or not panel.is_current else title
         for panel, title in zip(panels, titles, strict=True)
     ]
     seen: dict[str, int] = {}
