@@ -8,7 +8,8 @@
     ├── UnsupportedError         (ValueError)    this backend lacks this metric, dtype, k or accuracy
     ├── InvalidInputError        (ValueError)    the arguments break a rule of the interface
     ├── OverBudgetError          (MemoryError)   the memory allowed, or left, cannot hold the answer
-    └── DatasetError             (RuntimeError)  a data set is absent, damaged or could not be fetched
+    ├── DatasetError             (RuntimeError)  a data set is absent, damaged or could not be fetched
+    └── MissingLibraryError      (ImportError)   what was asked for needs an optional library that is not installed
 
 Every text gives the value, what was expected and what to do about it.
 """
@@ -18,6 +19,7 @@ __all__ = [
     "DatasetError",
     "InvalidInputError",
     "KnnbenchError",
+    "MissingLibraryError",
     "OverBudgetError",
     "UnknownBackendError",
     "UnsupportedError",
@@ -50,3 +52,7 @@ class OverBudgetError(KnnbenchError, MemoryError):
 
 class DatasetError(KnnbenchError, RuntimeError):
     """A data set is absent, damaged or could not be fetched."""
+
+
+class MissingLibraryError(KnnbenchError, ImportError):
+    """What was asked for needs an optional library that is not installed."""
