@@ -210,9 +210,12 @@ def _loops(name: str, problem: Problem) -> bool:
 
 
 def _sample(call: Callable[[], float]) -> float:
-    """Return the mean seconds of as many calls as fill a sample, after one that wakes what sleeps."""
-    once = call()
-    if once >= SAMPLE_S:
+    """Return the mean seconds of as many calls as fill a sample, after as many that wake what sleeps."""
+    spent = once = call()
+    while spent < SAMPLE_S:
+        once = call()
+        spent += max(once, 1e-7)
+    if once > 2 * SAMPLE_S:
         return once
     n_calls = int(np.ceil(SAMPLE_S / max(once, 1e-7)))
     return sum(call() for _ in range(n_calls)) / n_calls
