@@ -82,7 +82,7 @@ def _ranked(names: list[str], problem: Problem) -> list[str]:
     least = float("inf")
     for i, name in enumerate(names):
         costs = wisdom().costs((name, *problem.group))
-        guess = costs["call"].predict(problem).seconds * GAIN ** min(i, 1) if costs else least
+        guess = costs["call"].predict(problem).cautious * GAIN ** min(i, 1) if costs else least
         seconds[name], least = guess, min(least, guess)
     return sorted(names, key=lambda name: seconds[name])
 

@@ -58,7 +58,8 @@ class Choice:
     backend : str
         The one to take.
     seconds : dict of str to float
-        What all calls together are predicted to take, by backend, the least first.
+        What all calls together are predicted to take, by backend: first what would be taken first, which is the least
+        but for predictions that little is known of (`Prediction.cautious`).
     intervals : dict of str to (float, float)
         Between which 95 % of the outcomes are expected.
     indistinguishable : tuple of str
@@ -377,9 +378,9 @@ def _decide(
         if name in predictions and len(times) > 1:
             spread = float(np.std(np.log(times)) / np.sqrt(len(times)))
             predictions[name] = Prediction(float(np.median(times)), max(spread, 0.01))
-    ranked = sorted(predictions, key=lambda name: predictions[name].seconds)
-    least = predictions[ranked[0]].seconds
-    alike = tuple(name for name in ranked if predictions[name].seconds <= (1 + ALIKE) * least)
+    ranked = sorted(predictions, key=lambda name: predictions[name].cautious)
+    least = predictions[ranked[0]].cautious
+    alike = tuple(name for name in ranked if predictions[name].cautious <= (1 + ALIKE) * least)
     errors = {name: _largest_error(name, problem) for name in ranked}
 
     def place(name: str) -> tuple[float, bool, bool]:
@@ -419,7 +420,7 @@ def _crossover(backend: str, names: list[str], problem: Problem, calls: int) -> 
     """Return from how many calls on another backend is clearly the fastest, and which; None if none is."""
 
     def overtaking(n: int) -> str:
-        seconds = {name: _prediction(name, problem, n).seconds for name in names}
+        seconds = {name: _prediction(name, problem, n).cautious for name in names}
         best = min(names, key=lambda name: seconds[name])
         return best if seconds[best] * (1 + ALIKE) < seconds[backend] else ""
 

@@ -52,6 +52,10 @@ LENGTH = 0.7
 NOISE = 0.08
 LEAST_DEVIATION = 0.1
 
+# Standard deviations that a choice counts on top of a prediction. On 30 shapes never measured, 0 gave a geometric mean
+# of 1.13 times the best, 0.25 and 0.5 gave 1.05, and 1 gave 1.09 (two cores of Zen 4).
+CAUTION = 0.5
+
 # A measurement so far off, as a share of what the terms give, counts half in the next fit.
 ODD = 0.3
 FITS = 5
@@ -63,6 +67,14 @@ class Prediction:
 
     seconds: float
     spread: float
+
+    @property
+    def cautious(self) -> float:
+        """Seconds by which choices are made: more, the less is known.
+
+        Of many predictions the least is more often one that is too low, and most so among those that vary most.
+        """
+        return self.seconds * float(np.exp(CAUTION * self.spread))
 
     def interval(self, width: float = 1.96) -> tuple[float, float]:
         """Return seconds between which 95 % of the outcomes are expected."""
