@@ -492,7 +492,7 @@ def as_corpus(corpus: Any, *, whole: bool = True, kept: bool = False) -> Any:
     kept : bool
         Whether it is for many calls: then it must be readable more than once, and what is small is taken as rows.
     """
-    stream = corpus if isinstance(corpus, Stream) else as_stream(corpus, "corpus", as_rows)
+    stream = as_stream(corpus, "corpus", as_rows)
     if stream is None:
         rows = as_rows(corpus, "corpus")
         return rows if whole or interchange.on_device(rows) else MappedStream(rows, "corpus")

@@ -207,6 +207,8 @@ def as_stream(array: Any, name: str, as_rows: Callable[[Any, str], Any]) -> Stre
     >>> [(start, rows.shape) for start, rows in stream.blocks(step=10)]
     [(0, (2, 3)), (2, (2, 3))]
     """
+    if isinstance(array, Stream):
+        return array
     if isinstance(array, str | os.PathLike):
         array = open_rows(array, name)
     if isinstance(array, np.memmap):
