@@ -390,7 +390,7 @@ def centre_of(rows: Array, space: Space) -> Array | None:
     """
     if space.is_integer or space.form.from_dot is None:
         return None
-    sample = np.asarray(rows[:: -(-len(rows) // CENTRE_ROWS)], space.dtype)
+    sample = interchange.to_host(rows[:: -(-len(rows) // CENTRE_ROWS)]).astype(space.dtype, copy=False)
     mean: Array = space.metric.prepare_rows(np, sample).mean(axis=0, dtype=np.float64)
     return mean.astype(space.dtype)
 

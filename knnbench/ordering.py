@@ -207,7 +207,7 @@ def merge_topk(first: tuple[Array, Array], second: tuple[Array, Array], k: int) 
     n_queries, total = len(first[0]), first[0].shape[1] + second[0].shape[1]
     shape = n_queries, min(k, total)
     values, indices = np.empty(shape, np.result_type(first[0], second[0])), np.empty(shape, np.int64)
-    for rows in slices(n_queries, max(1, MERGED_ELEMENTS // total)):
+    for rows in slices(n_queries, max(1, MERGED_ELEMENTS // max(1, total))):
         _merge_rows(*(array[rows] for array in (*first, *second, values, indices)))
     return values, indices
 

@@ -290,18 +290,22 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
                 f"n_neighbors={k} asks for more neighbours than the {self.n_samples_fit_} training samples; "
                 f"expected n_neighbors <= n_samples_fit_."
             )
+        distances, indices = self._neighbors(X, k + 1 if X is None else k)
+        return without_self(distances, indices) if X is None else (distances, indices)
+
+    def _neighbors(self, X: Any, k: int) -> tuple[Any, Any]:
+        """Return the k nearest training samples of X, or of every training sample with itself."""
         queries = self.prepared_.rows if X is None else as_stream(X, "queries", as_rows)
         if queries is None:
             queries = validate_data(self, X, reset=False)
-        distances, indices = knn(
+        return knn(
             queries,
             self.prepared_,
-            k + 1 if X is None else k,
+            k,
             memory_budget=self.memory_budget,
             # Of anything else scikit-learn's validation has looked at the values.
             check_finite=isinstance(queries, Stream) or isinstance(self.prepared_.rows, Stream),
         )
-        return without_self(distances, indices) if X is None else (distances, indices)
 
     def _vote(self, distances: Array, indices: Array) -> Array:
         """Return the share of each class among the votes of neighbours, shape (n_queries, n_classes)."""
