@@ -313,6 +313,8 @@ def knn(
     indices: Any
     if len(blocks) == len(parts) == 1 and not task.is_streamed:
         ranked, indices = task.knn(blocks[0], task.packed(parts[0]), k)
+        if progress is not None:
+            progress(parts[0].stop, parts[0].stop)
     else:
         ranked, indices = _search(task, blocks, parts, k, progress, kept)
         ranked = task.engine.to_native(ranked, ranked.dtype)

@@ -401,7 +401,9 @@ class _Cluster:
 
         if self.client is None:
             return nullcontext()
-        config: AbstractContextManager[Any] = dask.config.set({"distributed.admin.large-graph-warning-threshold": "10GB"})
+        config: AbstractContextManager[Any] = dask.config.set(
+            {"distributed.admin.large-graph-warning-threshold": "10GB"}
+        )
         return config
 
 
