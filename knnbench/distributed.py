@@ -56,6 +56,10 @@ QUERY_ROWS = 1 << 14
 # Lists that a task of the tree merges.
 SPLIT_EVERY = 8
 
+LARGE_GRAPH = "distributed.admin.large-graph-warning-threshold"
+
+LARGE_GRAPH = "distributed.admin.large-graph-warning-threshold"
+
 # Shards of which rows are taken for the centre.
 CENTRE_SHARDS = 8
 
@@ -401,9 +405,7 @@ class _Cluster:
 
         if self.client is None:
             return nullcontext()
-        config: AbstractContextManager[Any] = dask.config.set(
-            {"distributed.admin.large-graph-warning-threshold": "10GB"}
-        )
+        config: AbstractContextManager[Any] = dask.config.set({LARGE_GRAPH: "10GB"})
         return config
 
 

@@ -1,12 +1,11 @@
 """A search that was killed goes on from its checkpoint, and from no other file."""
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
 import sys
-import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +150,7 @@ def test_sigkill_and_resume(data, tmp_path):
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         process.stdout.close()
-    assert all(later[0] > earlier[0] for earlier, later in zip(seen, seen[1:], strict=False))
+    assert all(later[0] > earlier[0] for earlier, later in itertools.pairwise(seen))
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     first = int(run.stdout.split()[0])

@@ -127,7 +127,7 @@ def test_lost_repeated_and_reordered_tasks(seed, rng):
     lists = []
     for part in rows:
         for _ in range(chosen.choice([1, 1, 2, 3])):  # a retry, or a task that ran twice
-            lists.append(job.search(queries, corpus[part], part.start, "chunk"))
+            lists += [job.search(queries, corpus[part], part.start, "chunk")]
     chosen.shuffle(lists)
     while len(lists) > 1:
         width = min(len(lists), chosen.randint(2, 5))
@@ -341,7 +341,7 @@ def test_the_classifier_is_an_estimator(rng):
 
 
 def test_dask_is_loaded_on_use_only():
-    code = "import sys, knnbench; assert 'dask' not in sys.modules; import knnbench.distributed; print('dask' in sys.modules)"
+    code = "import sys, knnbench, knnbench.distributed; print('dask' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, "False\n"), run.stderr
 
