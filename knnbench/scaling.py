@@ -114,12 +114,13 @@ class ScalingPlan:
         ends = f"{_duration(low)} to {_duration(high)}"
         return "\n".join(
             (
-                f"{self.problem}, on {self.workers} workers x {self.threads} threads, backend {self.backend} ({self.source})",
+                f"{self.problem}, on {self.workers} workers x {self.threads} threads",
+                f"  backend            {self.backend}, with {self.source}",
                 f"  time               {_duration(self.seconds)} ({ends}): searching {_duration(self.compute_s)}, "
                 f"merging {_duration(self.merge_s)}, moving {_duration(self.transfer_s)}, "
                 f"handing out {self.n_tasks:,} tasks {_duration(self.overhead_s)}, starting {_duration(self.start_s)}",
-                f"  memory of a worker {_size(self.worker_bytes)}, its share of the corpus ({_size(self.corpus_bytes)}) "
-                f"included",
+                f"  memory of a worker {_size(self.worker_bytes)}, its share of the corpus included "
+                f"({_size(self.corpus_bytes)})",
                 f"  bytes moved        {_size(self.moved_bytes)}, at {_size(self.network_rate)}/s",
                 f"  shards             {self.n_shards:,} of {self.shard_rows:,} rows ({_size(self.shard_bytes)}): "
                 f"corpus.rechunk(({self.shard_rows}, -1))",
