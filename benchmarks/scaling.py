@@ -1,8 +1,7 @@
 """Out of core and on Dask, beside the same search in memory and in one process.
 
-Run it as ``KNNBENCH_THREADS=2 python -m benchmarks.scaling`` (benchmarks take one thread if not told otherwise); it
-needs ``knnbench[distributed]``. What is compared takes turns, medians and their ratios are shown, and answers are
-checked to be the same to the bit.
+Run it as ``python -m benchmarks.scaling`` with ``knnbench[distributed]`` and MNIST there. What is compared takes turns,
+medians and their ratios are shown, and answers are checked to be the same to the bit.
 """
 
 import argparse
@@ -56,15 +55,16 @@ def streaming(rounds: int) -> None:
     """Compare a memmap, whose pages are cached, with an array."""
     print("a memmap in the page cache beside an array, numba:")
     with tempfile.TemporaryDirectory() as folder:
-        for dtype, metric, n_queries in (
-            ("float32", "cityblock", 500),
-            ("float32", "euclidean", 1000),
-            ("uint8", "cityblock", 1000),
-            ("uint8", "cityblock", 10),
-            ("uint8", "cityblock", 1),
+        for dtype, metric, n_queries, times in (
+            ("float32", "cityblock", 500, 1),
+            ("float32", "euclidean", 1000, 1),
+            ("uint8", "cityblock", 1000, 1),
+            ("uint8", "cityblock", 1, 1),
+            ("uint8", "cityblock", 100, 20),  # in four blocks
+            ("uint8", "cityblock", 1, 20),
         ):
             queries, corpus = mnist(dtype)
-            queries = queries[:n_queries]
+            queries, corpus = queries[:n_queries], np.tile(corpus, (times, 1))
             path = Path(folder) / f"{dtype}.npy"
             np.save(path, corpus)
             mapped = np.load(path, mmap_mode="r")
@@ -76,8 +76,8 @@ def streaming(rounds: int) -> None:
             seconds, answers = in_turns(calls, rounds)
             check_same(answers["array"], answers["memmap"])
             print(
-                f"  {dtype:8} {metric:10} {n_queries:5} queries  array {seconds['array']:.4f} s, memmap "
-                f"{seconds['memmap']:.4f} s, ratio {seconds['memmap'] / seconds['array']:.3f} "
+                f"  {dtype:8} {metric:10} {n_queries:5} queries x {len(corpus):9,}  array {seconds['array']:.4f} s, "
+                f"memmap {seconds['memmap']:.4f} s, ratio {seconds['memmap'] / seconds['array']:.3f} "
                 f"(array / itself {seconds['again'] / seconds['array']:.3f})"
             )
 

@@ -600,7 +600,9 @@ class _Task:
         the first part says how large a block is.
         """
         n_corpus, n_features = self.prepared.shape
+        share = self.budget // 2
         if self.is_streamed:
+            share //= 2  # a larger block gains less than a backend does by packing one for many queries
             given, itemsize = self.prepared.rows, self.space.dtype.itemsize
             is_view = isinstance(given, MappedStream) and self._fits(given.rows)
             most = max(1, STREAM_BYTES // (n_features * itemsize))
@@ -611,7 +613,7 @@ class _Task:
             return [slice(0, n_corpus)]
         else:
             row_bytes = PACKED_COPIES * n_features * self.space.dtype.itemsize
-        _, step = block_shape(1, n_corpus, budget=self.budget // 2, per_pair=row_bytes, max_corpus=n_corpus)
+        _, step = block_shape(1, n_corpus, budget=share, per_pair=row_bytes, max_corpus=n_corpus)
         self.budget_left -= step * row_bytes
         return list(slices(n_corpus, step))
 
@@ -660,7 +662,11 @@ class _Task:
         stream = self.prepared.rows
         if self.centre is None and isinstance(stream, MappedStream):
             self.centre = centre_of(stream.rows, self.space)
-        with closing(read_ahead(self._read(parts[0].stop, skip, seen, expected))) as blocks:
+        step = parts[0].stop
+        reader = self._read(step, skip, seen, expected)
+        if stream.n_rows is None or stream.n_rows > step:  # or there is no other block to be read meanwhile
+            reader = read_ahead(reader)
+        with closing(reader) as blocks:
             for start, rows in blocks:
                 part = slice(start, start + len(rows))
                 if self.centre is None:
@@ -684,7 +690,7 @@ class _Task:
                 at_start = False
             _check_values(given, "corpus", self.engine, self.space.metric, self.check_finite, start)
             rows = np.ascontiguousarray(given, self.space.dtype)
-            if rows is given:
+            if rows is given and start > skip:  # the first is not waited for twice
                 touch(rows)
             yield start, rows
             del given, rows

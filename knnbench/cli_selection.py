@@ -157,10 +157,15 @@ def plan(
     from knnbench import scaling
 
     if scheduler:
-        from distributed import Client
+        try:
+            from distributed import Client
 
-        with Client(scheduler, set_as_default=False, timeout="10s") as client:
-            network_rate = scaling.network_rate(client)
+            with Client(scheduler, set_as_default=False, timeout="10s") as client:
+                network_rate = scaling.network_rate(client)
+        except ImportError:
+            raise InvalidInputError("--scheduler needs Dask; pip install 'knnbench[distributed]'.") from None
+        except (OSError, ValueError) as error:
+            raise InvalidInputError(f"no Dask scheduler answers at {scheduler!r}: {error}") from None
     found = scaling.plan(
         n_queries=n_queries, n_corpus=n_corpus, n_features=n_features, k=k, metric=metric, dtype=dtype,
         accuracy=accuracy, backend=backend, workers=workers, threads=threads, network_rate=network_rate,

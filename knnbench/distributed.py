@@ -35,7 +35,7 @@ from knnbench.api import (
     finish_ranked,
     search_block,
 )
-from knnbench.backends import backend_status, get_backend, registry
+from knnbench.backends import backend_status, get_backend
 from knnbench.blocking import check_budget, slices
 from knnbench.classifiers.knn import KNNClassifier, check_weights, classes_and_codes
 from knnbench.dtypes import Array, common_dtype, computed_dtype
@@ -43,6 +43,7 @@ from knnbench.errors import BackendUnavailableError, InvalidInputError, Unsuppor
 from knnbench.metrics import Space, get_metric
 from knnbench.ordering import merge_topk
 from knnbench.selection import Problem
+from knnbench.selection.auto import CANDIDATES
 from knnbench.selection.wisdom import wisdom
 from knnbench.settings import LEVEL_VARIABLE, THREADS_VARIABLE, held, setting
 from knnbench.streams import is_dask
@@ -144,17 +145,12 @@ def fastest_here(
     problem = Problem("knn", n_queries, n_corpus, n_features, min(k, n_corpus), metric, dtype)
     name, _ = selection.choose(problem, accuracy)
     if any(find_spec(module) for module in ("cupy", "numba_cuda")):
-        on_gpu = [other for other, line in registry().items() if not line.peer and _computes_on_gpu(other)]
+        on_gpu = [other for other in CANDIDATES["device"] if backend_status(other).ok]
         costs = {other: wisdom().costs((other, *problem.group)) for other in (name, *on_gpu)}
         known = {other: cost["call"].predict(problem).seconds for other, cost in costs.items() if cost}
         if known:
             return min(known, key=lambda other: known[other])
     return name
-
-
-def _computes_on_gpu(name: str) -> bool:
-    status = backend_status(name)
-    return status.ok and status.capabilities is not None and status.capabilities.device == "cuda"
 
 
 def knn(

@@ -19,9 +19,11 @@ from knnbench.blocking import slices
 from knnbench.settings import setting
 
 from ._checks import assert_identical
+from .conftest import REQUIRED
 
-pytest.importorskip("dask.array", reason="dask is not installed; pip install 'knnbench[distributed]'")
-pytest.importorskip("distributed", reason="distributed is not installed; pip install 'knnbench[distributed]'")
+if "dask" not in REQUIRED:
+    pytest.importorskip("dask.array", reason="dask is not installed; pip install 'knnbench[distributed]'")
+    pytest.importorskip("distributed", reason="distributed is not installed; pip install 'knnbench[distributed]'")
 
 import dask
 import dask.array as da
