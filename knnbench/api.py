@@ -824,7 +824,7 @@ def _search(
         held, done = total, part.stop
         assert ranked is not None
         if kept is not None and seen is not None:
-            kept.save(Progress(done, ranked[:, :held], indices[:, :held], task.centre, seen.value), task.n_corpus)
+            kept.save(Progress(done, ranked[:, :held], indices[:, :held], task.centre, seen.value))
         if progress is not None:
             progress(done, task.n_corpus)
     if held < k:

@@ -125,7 +125,7 @@ class Checkpoint:
             ) from None
         return found
 
-    def save(self, progress: Progress, n_rows: int | None) -> None:
+    def save(self, progress: Progress) -> None:
         """Keep what was found, if that is due; a failure is a warning, and the file there was stays."""
         start = time.monotonic()
         if start < self._next:
@@ -134,7 +134,7 @@ class Checkpoint:
             self._write(progress)
         except OSError as error:
             warnings.warn(
-                f"the checkpoint {self.path} could not be written at row {progress.done:,} of {n_rows or 'all'}: "
+                f"the checkpoint {self.path} could not be written at row {progress.done:,}: "
                 f"{error.strerror or error}. The search goes on; an earlier checkpoint stays.",
                 RuntimeWarning,
                 stacklevel=2,

@@ -281,7 +281,7 @@ def test_a_full_disk_is_told_and_the_search_goes_on(data, tmp_path, monkeypatch)
         kept.append(Checkpoint(path).header["done"])
         assert not path.with_name("job.new").exists()
 
-    with pytest.warns(RuntimeWarning, match=r"job could not be written at row [\d,]+ .*No space left.* goes on"):
+    with pytest.warns(RuntimeWarning, match=r"job could not be written at row [\d,]+: No space left.* goes on"):
         answer = knn(queries, corpus, K, checkpoint=path, memory_budget=BUDGET, progress=progress)
     assert len(kept) > 3
     assert kept[2:] == [kept[1]] * len(kept[2:])  # what was written before the disk was full stays
@@ -325,7 +325,7 @@ def test_files_are_written_no_more_often_than_they_are_worth(tmp_path, monkeypat
     kept = Checkpoint(tmp_path / "job")
     kept.resume({"k": 1})
     for done in (1, 2):
-        kept.save(Progress(done, np.zeros((1, 1)), np.zeros((1, 1), np.int64)), 9)
+        kept.save(Progress(done, np.zeros((1, 1)), np.zeros((1, 1), np.int64)))
     assert Checkpoint(tmp_path / "job").header["done"] == 1
 
 
