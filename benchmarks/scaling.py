@@ -116,7 +116,13 @@ def on_dask(rounds: int, n_queries: int) -> None:
             shape = {"n_queries": n_queries, "n_corpus": len(corpus), "n_features": 784, "k": K, "metric": "cityblock"}
             rate = scaling.network_rate(client)
             found = scaling.plan(**shape, backend="numba", workers=workers, network_rate=rate)
-            shards = client.persist(da.from_array(corpus, chunks=(found.shard_rows, -1)))
+            blocks = np.split(corpus, range(found.shard_rows, len(corpus), found.shard_rows))
+            shards = da.concatenate(
+                [
+                    da.from_delayed(there, block.shape, block.dtype)
+                    for there, block in zip(client.scatter(blocks), blocks, strict=True)
+                ]
+            )
             calls = {
                 "dask": lambda s=shards: distributed.knn(queries, s, K, "cityblock", backend="numba"),
                 "process": lambda: knn(queries, corpus, K, "cityblock", backend="numba"),
