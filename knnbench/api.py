@@ -386,11 +386,11 @@ def finish_ranked(ranked: Array, metric: str, dtype: Any, n_features: int, backe
 
 
 def centre_of(rows: Array, space: Space) -> Array | None:
-    """Return the mean of some rows as the metric accumulates them, None if it has no float Gram form.
+    """Return the mean of some rows as the metric accumulates them, None for uint8, which needs no centre.
 
     Of more than `CENTRE_ROWS`, as many stand for all.
     """
-    if space.is_integer or space.form.from_dot is None:
+    if space.is_integer:
         return None
     sample = interchange.to_host(rows[:: -(-len(rows) // CENTRE_ROWS)]).astype(space.dtype, copy=False)
     mean: Array = space.metric.prepare_rows(np, sample).mean(axis=0, dtype=np.float64)

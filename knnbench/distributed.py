@@ -476,7 +476,7 @@ def _lists(job: Job, queries: Any, corpus: Any, cluster: _Cluster, dask: Any) ->
     starts = np.cumsum((0, *corpus.chunks[0]))
     space = job.space
     centre = None
-    if not space.is_integer and space.form.from_dot is not None:
+    if not space.is_integer:
         chosen = shards[:: -(-len(shards) // CENTRE_SHARDS)]
         sample = dask.delayed(_sample, pure=True)
         centre = dask.delayed(_centre, pure=True)([sample(shard, space) for shard in chosen])

@@ -201,7 +201,8 @@ def test_one_centre_for_all_tasks(rng, monkeypatch):
     assert len(seen) == 7
     assert all((centre == seen[0]).all() for centre in seen)
     seen.clear()
-    distributed.knn(queries, da.from_array(corpus, chunks=(SEVEN, -1)), K, "cityblock", backend="numpy")
+    integers = da.from_array(corpus.astype(np.uint8), chunks=(SEVEN, -1))
+    distributed.knn(queries.astype(np.uint8), integers, K, backend="numpy")
     assert seen == [None] * 7
 
 
