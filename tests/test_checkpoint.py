@@ -83,11 +83,11 @@ def as_iterator(corpus):
 def test_a_search_goes_on(kind, dtype, data, tmp_path):
     queries, corpus = (array.astype(dtype) for array in data)
     path = tmp_path / "job"
-    done = interrupted(queries, kind(corpus), path)
+    done = interrupted(queries, kind(corpus), path, backend="numba")
     answer, calls = resumed(queries, kind(corpus), path)
     assert calls[0] > done
     assert len(calls) >= 2
-    assert_same(answer, knn(queries, corpus, K))
+    assert_same(answer, knn(queries, corpus, K, backend="numba"))
     assert os.listdir(tmp_path) == []  # the file is there as long as the job is not done
 
 

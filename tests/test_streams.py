@@ -141,13 +141,14 @@ def test_blocks_are_converted_as_arrays_are(dtype, rng, tmp_path):
     queries, corpus = make(rng, dtype)
     expected = knn(queries, corpus, K, backend="numba")
     for kind in ("memmap", "seven blocks", "memmap by columns"):
-        assert_same(knn(queries, KINDS[kind](corpus, tmp_path / "c.npy"), K, memory_budget=200_000), expected)
+        rows = KINDS[kind](corpus, tmp_path / "c.npy")
+        assert_same(knn(queries, rows, K, backend="numba", memory_budget=200_000), expected)
 
 
 def test_queries_of_another_dtype_meet_the_blocks_where_arrays_meet(rng):
     queries, corpus = make(rng, "uint8")
-    answer = knn(queries.astype(np.float32), cut(corpus, SEVEN), K)
-    assert_same(answer, knn(queries.astype(np.float32), corpus, K))
+    answer = knn(queries.astype(np.float32), cut(corpus, SEVEN), K, backend="numba")
+    assert_same(answer, knn(queries.astype(np.float32), corpus, K, backend="numba"))
     assert answer.distances.dtype == np.float32
 
 
@@ -347,9 +348,9 @@ def test_what_is_no_stream():
 @pytest.mark.parametrize("kind", ["memmap", "path", "dask", "seven blocks"])
 def test_a_prepared_corpus_on_disk(kind, rng, tmp_path, monkeypatch):
     queries, corpus = make(rng, "float32")
-    expected, matrix = knn(queries, corpus, K), pairwise(queries, corpus)
+    expected, matrix = knn(queries, corpus, K, backend="numba"), pairwise(queries, corpus, backend="numba")
     monkeypatch.setenv("KNNBENCH_MEMORY_BUDGET", "100000")
-    prepared = prepare(KINDS[kind](corpus, tmp_path / "c.npy"))
+    prepared = prepare(KINDS[kind](corpus, tmp_path / "c.npy"), backend="numba")
     assert prepared.shape == corpus.shape
     for _ in range(2):
         assert_same(knn(queries, prepared, K), expected)
