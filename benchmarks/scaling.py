@@ -16,6 +16,9 @@ import numpy as np
 
 from knnbench import datasets, distributed, knn, scaling
 from knnbench.ordering import merge_topk, order_rows
+from knnbench.selection import Problem
+from knnbench.selection.measurement import measure
+from knnbench.selection.wisdom import wisdom
 from knnbench.threads import thread_count
 
 K = 3
@@ -100,6 +103,13 @@ def merging() -> None:
     print(f"merging {n_shards} lists of {n_queries:,} x {k}: {time.perf_counter() - begin:.2f} s")
 
 
+def calibrate() -> None:
+    """Measure shapes, none of them that of a task below, as ``knnbench calibrate`` does."""
+    shapes = [(q, c, f) for q in (100, 1000) for c in (2000, 30_000) for f in (100, 500)]
+    problems = [Problem("knn", *shape, K, "cityblock", "float32") for shape in shapes]
+    wisdom().add([measure("numba", problem, seconds=0.3) for problem in problems], fit=True)
+
+
 def on_dask(rounds: int, n_queries: int) -> None:
     """Compare workers of one thread with one process of two threads, and with what `plan` says."""
     import dask.array as da
@@ -107,6 +117,7 @@ def on_dask(rounds: int, n_queries: int) -> None:
 
     queries, corpus = mnist("float32")
     queries = queries[:n_queries]
+    calibrate()
     print(f"Dask, {n_queries:,} queries x {len(corpus):,} x 784 float32 cityblock, k = {K}:")
     for workers in (1, 2):
         with (
