@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 import knnbench
-from knnbench import interchange, selection
+from knnbench import exact, interchange, selection
 from knnbench.backends import get_backend
 from knnbench.backends.base import Backend, Native, scan_rows
 from knnbench.blocking import block_shape, check_budget, require_memory, slices
@@ -36,6 +36,11 @@ CENTRE_ROWS, USUAL_CORPUS = 1024, 100_000
 # What the packed form of a corpus takes with its copy, in sizes of the rows; what merging an answer takes, in its size.
 PACKED_COPIES, MERGED_COPIES = 2, 4
 
+IS_FAST_ONLY = (
+    "has accuracy='exact' for uint8 only; for floats pass an array, a numpy.memmap or the path of a .npy file to knn, "
+    "without a checkpoint, or use accuracy='fast'."
+)
+
 # Bytes of a block of a streamed corpus at the most: it is read while another is searched, and more gains nothing.
 STREAM_BYTES = 1 << 28
 
@@ -52,6 +57,8 @@ class Neighbors(tuple[Any, Any]):
         rounding made them so (two squared distances can have one float32 root).
     backend : str
         The backend that computed them.
+    certificate : knnbench.exact.Certificate or None
+        With ``accuracy="exact"``: how they were proved.
     passed_over : dict of str to str
         With ``backend="auto"``: the backends that the choice passed over, and why.
 
@@ -63,19 +70,28 @@ class Neighbors(tuple[Any, Any]):
     """
 
     backend: str
+    certificate: exact.Certificate | None
     passed_over: dict[str, str]
 
     def __new__(
-        cls, distances: Any, indices: Any, *, backend: str = "", passed_over: dict[str, str] | None = None
+        cls,
+        distances: Any,
+        indices: Any,
+        *,
+        backend: str = "",
+        certificate: exact.Certificate | None = None,
+        passed_over: dict[str, str] | None = None,
     ) -> "Neighbors":
         """Make the pair."""
         self = super().__new__(cls, (distances, indices))
         self.backend = backend
+        self.certificate = certificate
         self.passed_over = passed_over or {}
         return self
 
     def __getnewargs_ex__(self) -> tuple[tuple[Any, Any], dict[str, Any]]:
-        return tuple(self), {"backend": self.backend, "passed_over": self.passed_over}
+        facts = {"backend": self.backend, "certificate": self.certificate, "passed_over": self.passed_over}
+        return tuple(self), facts
 
     @property
     def distances(self) -> Any:
@@ -255,7 +271,9 @@ def knn(
         of which two are there at a time, count besides as they are given.
     accuracy : {"fast", "exact"}, optional
         That of a `Prepared` corpus, otherwise ``"fast"``: the backend's native arithmetic. ``"exact"``: the
-        neighbours are those of exact arithmetic on the given values, which holds for uint8 on every own backend.
+        neighbours are those of exact arithmetic on the values, as they are in the dtype computed in, and float
+        distances are within one unit in the last place. Own backends have it for every dtype and metric;
+        `Neighbors.certificate` tells how it was proved. Floats must then be in memory or in one file.
     checkpoint : path_like, optional
         A file that keeps what was found, written every 20 seconds or less often, and removed at the end. A search that
         was killed goes on from it when it is started again with the same arguments; a corpus given as an iterator is
@@ -308,6 +326,14 @@ def knn(
         backend = kept.header["job"].get("backend", backend)
     task = _enter(queries, corpus, check_count("k", k), metric, backend, accuracy, memory_budget, check_finite)
     k = check_k(k, task.prepared.shape[0]) if task.n_corpus is not None else k
+    if task.proves_floats:
+        task.unstream()
+        if kept is not None:
+            raise UnsupportedError(f"a checkpoint {IS_FAST_ONLY}")
+        found = task.neighbors(*exact.search(task, k))
+        if progress is not None:
+            progress(task.prepared.shape[0], task.prepared.shape[0])
+        return found
     blocks, parts = task.query_blocks(k * (task.space.ranked.itemsize + 8)), task.corpus_parts()
     ranked: Any
     indices: Any
@@ -318,15 +344,10 @@ def knn(
     else:
         ranked, indices = _search(task, blocks, parts, k, progress, kept)
         ranked = task.engine.to_native(ranked, ranked.dtype)
-    distances = task.engine.finish(ranked, task.space)
     if kept is not None:
         kept.remove()
-    return Neighbors(
-        task.answer(distances),
-        task.answer(indices),
-        backend=task.prepared.backend,
-        passed_over=task.prepared.passed_over,
-    )
+    certificate = exact.Certificate("integers", float(k)) if task.accuracy == "exact" else None
+    return task.neighbors(task.engine.finish(ranked, task.space), indices, certificate)
 
 
 def search_block(
@@ -371,6 +392,8 @@ def search_block(
     (array([[1.]]), array([[101]]))
     """
     task = _enter(queries, block, check_count("k", k), metric, backend, accuracy, memory_budget, check_finite)
+    if task.proves_floats:
+        raise UnsupportedError(f"a search in blocks {IS_FAST_ONLY}")
     task.centre = centre
     k = min(k, task.prepared.shape[0])
     ranked, indices = _search(
@@ -552,6 +575,7 @@ class _Task:
     space: Space
     queries: Any
     prepared: Prepared
+    accuracy: Accuracy
     is_resident: bool  # the corpus came prepared, so it is not held by this call
     budget: int
     check_finite: bool = True
@@ -565,6 +589,24 @@ class _Task:
     def is_streamed(self) -> bool:
         """Whether the corpus is read block by block."""
         return isinstance(self.prepared.rows, Stream)
+
+    @property
+    def proves_floats(self) -> bool:
+        """Whether neighbours of floats are to be those of exact arithmetic."""
+        return self.accuracy == "exact" and not self.space.is_integer
+
+    def unstream(self) -> None:
+        """Take the rows of a file as an array; raise `UnsupportedError` for blocks, of which no array is a part."""
+        if not self.is_streamed:
+            return
+        given = self.prepared.rows
+        if not isinstance(given, MappedStream):
+            raise UnsupportedError(f"a corpus in blocks {IS_FAST_ONLY}")
+        _check_values(given.rows, "corpus", self.engine, self.space.metric, self.check_finite)
+        prepared = self.prepared
+        self.prepared = Prepared(
+            given.rows, self.space.metric, prepared.backend, prepared.accuracy, prepared.passed_over
+        )
 
     @property
     def n_corpus(self) -> int | None:
@@ -707,6 +749,16 @@ class _Task:
         with limited_blas():
             return self.engine.knn(self.native(block), packed, k, self.space, self.budget_left)
 
+    def neighbors(self, distances: Native, indices: Native, certificate: exact.Certificate | None) -> Neighbors:
+        """Return what `knn` does."""
+        return Neighbors(
+            self.answer(distances),
+            self.answer(indices),
+            backend=self.prepared.backend,
+            certificate=certificate,
+            passed_over=self.prepared.passed_over,
+        )
+
     def answer(self, native: Native) -> Any:
         """Return an answer on the host, or in an array of the queries' library if they live on a device."""
         if self._is_host:
@@ -753,7 +805,7 @@ def _enter(
         _check_supported(prepared.backend, engine, space, accuracy)
     _check_device(queries, "queries", prepared.backend, engine)
     _check_values(queries, "queries", engine, space.metric, check_finite)
-    return _Task(engine, space, queries, prepared, isinstance(corpus, Prepared), budget, check_finite)
+    return _Task(engine, space, queries, prepared, accuracy, isinstance(corpus, Prepared), budget, check_finite)
 
 
 def _prepared(

@@ -6,14 +6,15 @@ as they should be; 130, interrupted by Ctrl-C, with all that was measured until 
 """
 
 import fnmatch
+import itertools
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -24,12 +25,15 @@ from knnbench import datasets
 from knnbench.api import check_k
 from knnbench.backends import backends as backend_statuses
 from knnbench.backends import registry
+from knnbench.cli_report import OUTPUT, print_bars
+from knnbench.cli_report import add_commands as add_report_commands
 from knnbench.cli_selection import INTERRUPTED, add_commands
 from knnbench.dtypes import COMPUTED
 from knnbench.errors import DatasetError, InvalidInputError, KnnbenchError, UnknownBackendError
 from knnbench.measure import OPS, Case, Journal, Plan, make_cases, measure
 from knnbench.measure.comparison import ALPHA, MIN_CHANGE, compare_sides, parse_side
 from knnbench.metrics import METRICS, get_metric
+from knnbench.report.summaries import panels_of
 from knnbench.report.table import absent_table, backends_table, case_table, datasets_table
 from knnbench.results import Record, read_records
 from knnbench.selection import Problem, choose
@@ -40,12 +44,14 @@ __all__ = ["app", "main"]
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="The data sets: what is there, and fetching what is not.")
 app.add_typer(data_app, name="data")
+add_report_commands(app)
 add_commands(app)
 
-OUTPUT = Path("knnbench-results.jsonl")
 ASV_RESULTS = Path(".asv/results")
 DEFAULT_METRICS = "cityblock,euclidean"
 DEFAULT_TIME_S = 45.0
+DEFAULT_K = (3,)
+MOST_QUERIES = 10_000
 FAILED = 1
 INVALID = 2
 
@@ -91,16 +97,32 @@ def run(
     backends: Backends = "",
     metrics: Annotated[str, typer.Option(help="Names, separated by commas, or 'all'.")] = DEFAULT_METRICS,
     dataset: Annotated[
-        str, typer.Option(help="mnist, digits or synthetic; default mnist if it is here, else digits.")
+        str,
+        typer.Option(
+            help="mnist, digits, synthetic or synthetic:KIND, or several of them; default mnist if it is here, else "
+            f"digits. Kinds made to be hard: {', '.join(datasets.ADVERSARIAL_KINDS)}."
+        ),
     ] = "",
     dtype: Annotated[
         str, typer.Option(help="Convert the data to uint8, float32, float64, or several of them; default as they are.")
     ] = "",
     op: Annotated[str, typer.Option(help="knn, pairwise, or both.")] = OPS[0],
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Neighbours of each query.")] = 3,
+    k: Annotated[
+        list[int] | None, typer.Option("--k", "-k", min=1, help="Neighbours of each query; may be given repeatedly.")
+    ] = None,
     n_queries: Annotated[
-        int, typer.Option(min=1, help="Queries at the most; slow backends are measured on fewer.")
-    ] = 10_000,
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Queries, at the most 10,000 if not given; repeatedly for several sizes. Slow backends take fewer.",
+        ),
+    ] = None,
+    n_corpus: Annotated[
+        list[int] | None, typer.Option(min=1, help="Corpus rows, repeatedly for several sizes; default all.")
+    ] = None,
+    n_features: Annotated[
+        list[int] | None, typer.Option(min=1, help="Of synthetic data, repeatedly for several sizes.")
+    ] = None,
     only: Annotated[str, typer.Option(help="Only cases whose name matches, such as '*/cosine/*'; see --list.")] = "",
     threads: Threads = None,
     time: Annotated[
@@ -118,7 +140,8 @@ def run(
     The same command goes on with a run that was interrupted.
     """
     chosen = dataset or datasets.best_available()
-    cases = _cases(chosen, metrics, dtype, op, k, n_queries, only)
+    sizes = Sizes(k or DEFAULT_K, n_queries or (None,), n_corpus or (None,), n_features or (None,))
+    cases = _cases(chosen, metrics, dtype, op, sizes, only)
     if list_cases:
         for case in cases:
             print(case.name)
@@ -368,30 +391,71 @@ def _metric_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _cases(dataset: str, metrics: str, dtypes: str, ops: str, k: int, n_queries: int, only: str) -> list[Case]:
-    """Return the cases asked for, if the data set is here and what is asked for can be done with it."""
-    statuses = {status.name: status for status in datasets.status()}
-    if dataset not in statuses:
-        raise InvalidInputError(f"data set {dataset!r} is unknown; expected one of: {', '.join(statuses)}.")
-    if not statuses[dataset].available:
-        raise DatasetError(statuses[dataset].reason)
-    for name, known in ((dtypes, COMPUTED), (ops, OPS)):
-        for part in _required(name, "--dtype" if known is COMPUTED else "--op") if name else ():
-            if part not in known:
-                raise InvalidInputError(f"{part!r} is not measured; expected one of: {', '.join(known)}.")
-    check_k(k, statuses[dataset].train_shape[0])
-    cases = make_cases(
-        dataset,
-        _metric_names(metrics),
-        ops=_required(ops, "--op"),
-        dtypes=_required(dtypes, "--dtype") if dtypes else ("",),
-        k=k,
-        n_queries=n_queries,
-    )
-    chosen = [case for case in cases if not only or fnmatch.fnmatchcase(case.name, only)]
+class Sizes(NamedTuple):
+    """The sizes of the cases asked for, each with each; None is as the data set has it."""
+
+    k: Sequence[int]
+    n_queries: Sequence[int | None]
+    n_corpus: Sequence[int | None]
+    n_features: Sequence[int | None]
+
+
+def _cases(names: str, metrics: str, dtypes: str, ops: str, sizes: Sizes, only: str) -> list[Case]:
+    """Return the cases asked for, if the data sets are here and what is asked for can be done with them."""
+    chosen_dtypes = _known(dtypes, COMPUTED, "--dtype") if dtypes else [""]
+    chosen_ops = _known(ops, OPS, "--op")
+    found: dict[str, Case] = {}
+    for name in _required(names, "--dataset"):
+        is_synthetic = _check_dataset(name, chosen_dtypes, sizes) == "synthetic"
+        for k, n_queries, n_corpus, n_features in itertools.product(*sizes):
+            options = {"n_train": n_corpus, "n_features": n_features}
+            if is_synthetic:
+                options["n_test"] = n_queries
+            cases = make_cases(
+                name,
+                _metric_names(metrics),
+                ops=chosen_ops,
+                dtypes=chosen_dtypes,
+                k=k,
+                n_queries=n_queries or MOST_QUERIES,
+                options={option: value for option, value in options.items() if value is not None},
+            )
+            for case in cases:
+                check_k(case.k or 1, case.n_corpus)
+                found.setdefault(case.name, case)
+    chosen = [case for case in found.values() if not only or fnmatch.fnmatchcase(case.name, only)]
     if not chosen:
-        raise InvalidInputError(f"no case matches {only!r}; there are: {', '.join(case.name for case in cases)}.")
+        raise InvalidInputError(f"no case matches {only!r}; there are: {', '.join(found)}.")
     return chosen
+
+
+def _check_dataset(name: str, dtypes: Sequence[str], sizes: Sizes) -> str:
+    """Return a data set's name without its kind, if it is here and can be of the dtypes and sizes asked for."""
+    statuses = {status.name: status for status in datasets.status()}
+    family, colon, kind = name.partition(":")
+    if family not in statuses or (colon and family != "synthetic"):
+        raise InvalidInputError(
+            f"data set {name!r} is unknown; expected one of: {', '.join(statuses)}, or synthetic:KIND."
+        )
+    if not statuses[family].available:
+        raise DatasetError(statuses[family].reason)
+    for dtype in dtypes if kind else ():
+        if dtype and dtype not in (allowed := datasets.synthetic_dtypes(kind)):
+            raise InvalidInputError(f"{name} cannot be {dtype}; expected one of: {', '.join(allowed)}.")
+    if colon:
+        datasets.synthetic_dtypes(kind)
+    if family != "synthetic" and sizes.n_features != (None,):
+        raise InvalidInputError(f"{name} has features of its own; --n-features is for synthetic data.")
+    return family
+
+
+def _known(text: str, known: Sequence[str], option: str) -> list[str]:
+    """Return the names in a list separated by commas, all of which are known."""
+    names = _required(text, option)
+    for name in names:
+        if name not in known:
+            raise InvalidInputError(f"{name!r} is not measured; expected one of: {', '.join(known)}.")
+    return names
 
 
 def _show(records: list[Record], plan: Plan) -> None:
@@ -402,7 +466,9 @@ def _show(records: list[Record], plan: Plan) -> None:
             out.print(case_table(rows), "")
     absent = absent_table(records)
     if absent is not None:
-        out.print(absent)
+        out.print(absent, "")
+    if any(record.times_s for record in records):
+        print_bars(out, panels_of(records))
 
 
 def _fastest() -> str:

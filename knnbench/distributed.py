@@ -25,6 +25,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 
 from knnbench import interchange, selection
 from knnbench.api import (
+    IS_FAST_ONLY,
     Accuracy,
     Neighbors,
     as_rows,
@@ -422,6 +423,8 @@ def _job(
     space = Space(get_metric(metric), dtype, corpus.shape[1])
     settings = {THREADS_VARIABLE: str(check_count("threads", threads))}
     is_pinned = check_accuracy(accuracy) == "fast" and not space.is_integer
+    if accuracy == "exact" and not space.is_integer:
+        raise UnsupportedError(f"a search on Dask {IS_FAST_ONLY}")
     if backend == "auto" and is_pinned:
         rows = max(corpus.chunks[0]), min(QUERY_ROWS, queries.shape[0])
         data_on = "device" if interchange.on_device(corpus._meta) else "host"

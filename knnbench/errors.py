@@ -9,7 +9,8 @@
     ├── InvalidInputError        (ValueError)    the arguments break a rule of the interface
     ├── OverBudgetError          (MemoryError)   the memory allowed, or left, cannot hold the answer
     ├── CheckpointError          (RuntimeError)  a checkpoint is damaged, of another job or cannot be written
-    └── DatasetError             (RuntimeError)  a data set is absent, damaged or could not be fetched
+    ├── DatasetError             (RuntimeError)  a data set is absent, damaged or could not be fetched
+    └── MissingLibraryError      (ImportError)   what was asked for needs an optional library that is not installed
 
 Every text gives the value, what was expected and what to do about it.
 """
@@ -20,6 +21,7 @@ __all__ = [
     "DatasetError",
     "InvalidInputError",
     "KnnbenchError",
+    "MissingLibraryError",
     "OverBudgetError",
     "UnknownBackendError",
     "UnsupportedError",
@@ -56,3 +58,7 @@ class CheckpointError(KnnbenchError, RuntimeError):
 
 class DatasetError(KnnbenchError, RuntimeError):
     """A data set is absent, damaged or could not be fetched."""
+
+
+class MissingLibraryError(KnnbenchError, ImportError):
+    """What was asked for needs an optional library that is not installed."""

@@ -19,7 +19,8 @@ import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin
 
 from knnbench.errors import InvalidInputError
 
@@ -28,6 +29,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "STATUSES",
     "Record",
+    "Results",
     "append_record",
     "case_name",
     "median_interval",
@@ -61,6 +63,9 @@ PHASES: dict[str, str] = {
     "copy_out": "the answer of one call, from the device to the host; absent on a CPU",
 }
 """The phases of a measurement, each kept apart from the others."""
+
+# Sizes and seconds that are more come from no machine, and not all of them fit a float.
+MOST = 2**63 - 1
 
 # One interval of the median in so many misses it: 95 % confidence.
 MISSES = 20
@@ -103,6 +108,9 @@ class Record:
     floor_s, bound : float or None, str
         The least seconds that a call can take on this machine, and the ceiling that says so
         (`knnbench.measure.ceilings`); None where the backend does not tell which operations it does.
+    operations, ceilings : dict of str to float
+        By the names of probes: the operations, or bytes, that one timed call takes at the least, and how many of each
+        this machine does in a second, that of reading memory too. Empty where the backend does not tell.
     peak_bytes, peak_device_bytes : int or None
         Most memory held during the timed calls beyond what was held before them: resident on the host, and
         on the device.
@@ -147,6 +155,8 @@ class Record:
     n_checked: int = 0
     floor_s: float | None = None
     bound: str = ""
+    operations: dict[str, float] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
     peak_device_bytes: int | None = None
     contention: float | None = None
@@ -224,6 +234,77 @@ class Record:
         return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False)
 
 
+class Results(list[Record]):
+    """Records, with what a notebook shows of them: a table by itself, and charts and a data frame when asked.
+
+    Examples
+    --------
+    >>> results = Results([Record(op="knn", backend="numpy", metric="cosine", dataset="digits", dtype="uint8", k=3,
+    ...                           n_queries=10, n_corpus=100, n_features=64, status="ok", measured_queries=10,
+    ...                           measured_corpus=100, phases={"call": [0.3, 0.1, 0.2]})])
+    >>> results.to_frame().query_s.round(6).tolist()
+    [0.02]
+    """
+
+    def to_frame(self, baseline: str = "") -> Any:
+        """Return a row for each cell, in a data frame of pandas, or of polars where pandas is not installed.
+
+        Parameters
+        ----------
+        baseline : str
+            The backend that ``ratio`` is against: how many times as fast as that one; default numpy.
+
+        Returns
+        -------
+        pandas.DataFrame or polars.DataFrame
+            Columns as in `knnbench.report.summaries.Summary` and its panel: medians and intervals, not samples.
+
+        Raises
+        ------
+        MissingLibraryError
+            If neither is installed.
+        """
+        from knnbench.report.export import frame
+        from knnbench.report.summaries import panels_of
+
+        return frame(panels_of(self), baseline)
+
+    def plot(self, chart: str = "ranking", *, baseline: str = "", mode: str = "light") -> Any:
+        """Return a chart, which a notebook shows; its ``save`` writes HTML, SVG or PNG.
+
+        Parameters
+        ----------
+        chart : str
+            ``"ranking"``, ``"accuracy"``, ``"roofline"``, ``"scaling"``, ``"phases"`` or ``"memory"``; scaling may
+            name its axis, as in ``"scaling:n_corpus"``.
+        baseline : str
+            The backend that ratios are against; default numpy.
+        mode : {"light", "dark"}
+
+        Returns
+        -------
+        altair.Chart
+
+        Raises
+        ------
+        InvalidInputError
+            If there is no such chart, or the records have nothing for it.
+        MissingLibraryError
+            If Vega-Altair is not installed.
+        """
+        from knnbench.report.picture import chart_of
+        from knnbench.report.summaries import panels_of
+
+        return chart_of(panels_of(self), chart, baseline=baseline, mode=mode)
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks: backends and, for each case, the time for a query, of the newest runs."""
+        from knnbench.report.export import html_text
+        from knnbench.report.summaries import current_panels, panels_of
+
+        return html_text(current_panels(panels_of(self)))
+
+
 def case_name(op: str, metric: str, dataset: str, dtype: str, shape: tuple[int, int, int], k: int | None) -> str:
     """Return the name of a case; `shape` is (n_queries, n_corpus, n_features)."""
     name = f"{op}/{metric}/{dataset}/{dtype}/{'x'.join(map(str, shape))}"
@@ -279,7 +360,7 @@ def append_record(path: Path, record: Record) -> None:
             raise
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path) -> Results:
     """Return the records of a file, in their order.
 
     A line that a crash cut short is left out. Unknown fields, of a later version, are left out too. Records of
@@ -295,7 +376,7 @@ def read_records(path: Path) -> list[Record]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise InvalidInputError(f"records cannot be read from {path}: {reason}.") from None
-    return list(parse_records(text.splitlines(), str(path)))
+    return Results(parse_records(text.splitlines(), str(path)))
 
 
 def parse_records(lines: Iterable[str], where: str, first_line: int = 1) -> Iterator[Record]:
@@ -315,11 +396,48 @@ def parse_records(lines: Iterable[str], where: str, first_line: int = 1) -> Iter
                     f"{SCHEMA_VERSION}: upgrade it to read the file."
                 )
             data = _from_version_1(data) if data["schema"] == 1 else data
-            yield Record(**{name: value for name, value in data.items() if name in known})
+            record = Record(**{name: value for name, value in data.items() if name in known})
+            _check_values(record)
+            yield record
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, InvalidInputError):
                 raise
             raise InvalidInputError(f"{where} line {number} is not a knnbench record: {error}.") from None
+
+
+def _check_values(record: Record) -> None:
+    """Refuse values that no measurement can have, so that what reads a record need not look at them again.
+
+    Raises
+    ------
+    ValueError
+        The text gives the field, its value and what was expected.
+    """
+    for entry in fields(Record):
+        value = getattr(record, entry.name)
+        kind: Any = entry.type if isinstance(entry.type, UnionType) else get_origin(entry.type) or entry.type
+        # JSON of other writers has 1 for 1.0, and a bool is no number here.
+        is_number = isinstance(value, int) and not isinstance(value, bool) and kind in (float, float | None)
+        if not (isinstance(value, kind) or is_number) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{entry.name} is {value!r}; expected {getattr(kind, '__name__', kind)}")
+    names = "n_queries", "n_corpus", "n_features", "measured_queries", "measured_corpus"
+    sizes = {name: getattr(record, name) for name in names}
+    for name, size in sizes.items():
+        if not 0 <= size <= MOST:
+            raise ValueError(f"{name} is {size}; expected a number from 0 to {MOST}")
+    for phase, samples in record.phases.items():
+        if not isinstance(samples, list) or not all(_is_duration(seconds) for seconds in samples):
+            raise ValueError(f"phases[{phase!r}] is {samples!r}; expected a list of seconds")
+    for name in ("operations", "ceilings"):
+        if not all(_is_duration(value) for value in getattr(record, name).values()):
+            raise ValueError(f"{name} is {getattr(record, name)!r}; expected numbers from 0 on")
+    gpus = record.machine.get("gpus") or []
+    if not isinstance(gpus, list) or not all(isinstance(gpu, dict) for gpu in gpus):
+        raise ValueError(f"machine['gpus'] is {gpus!r}; expected a list of objects")
+
+
+def _is_duration(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
 def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:

@@ -154,6 +154,21 @@ def test_an_answer_in_kind(dtype, rng):
     assert isinstance(knn(queries, on_device(corpus), 2, "cityblock", backend=BACKEND).indices, np.ndarray)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_exact_neighbours(metric, dtype, rng):
+    for high, spread in ((3, 0), (200, 1e-6)):  # ties; and what the filter cannot tell apart
+        queries, corpus = (rng.integers(1, high, (n, 4)).astype(dtype) for n in (3, 6 * EDGE))
+        corpus += (spread * rng.normal(size=corpus.shape)).astype(dtype)
+        expected = knn(queries, corpus, 4, metric, backend="python", accuracy="exact")
+        for arrays in ((queries, corpus), (on_device(queries), corpus), (on_device(queries), on_device(corpus))):
+            got = knn(*arrays, 4, metric, backend=BACKEND, accuracy="exact")
+            assert type(got.indices) is type(arrays[0])
+            on_host = map(interchange.to_host, got)
+            for found, right in zip(on_host, expected, strict=True):
+                assert_identical(found, right)
+
+
 @pytest.mark.parametrize("given", ["float16", "int64", "bool", "float64"])
 def test_device_arrays_of_other_dtypes(given, rng):
     engine, rows = get_backend(BACKEND), rng.integers(0, 2, (5, 4)).astype(given)

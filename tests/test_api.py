@@ -14,7 +14,6 @@ from knnbench import (
     OverBudgetError,
     Prepared,
     UnknownBackendError,
-    UnsupportedError,
     api,
     blocking,
     knn,
@@ -295,32 +294,21 @@ def test_unknown_accuracies(accuracy):
         refused(call, f"accuracy is {accuracy!r}", "fast, exact")
 
 
-def test_exact_is_for_uint8(own_backend):
-    rows = np.array(ROWS, np.uint8)
-    exact = knn(rows, rows, 3, backend=own_backend, accuracy="exact")
-    fast = knn(rows, rows, 3, backend=own_backend)
-    assert_identical(exact.indices, fast.indices)
-    assert_identical(exact.distances, fast.distances)
-    for bad in (np.array(ROWS), np.array(ROWS, np.float32)):
-        for call in (
-            lambda bad=bad: knn(bad, bad, 1, backend=own_backend, accuracy="exact"),
-            lambda bad=bad: knn(bad, rows, 1, backend=own_backend, accuracy="exact"),
-            lambda bad=bad: prepare(bad, backend=own_backend, accuracy="exact"),
-        ):
-            with pytest.raises(UnsupportedError, match="lacks accuracy='exact' for float"):
-                call()
-
-
-def test_exact_is_not_given_by_auto_either():
-    with pytest.raises(UnsupportedError, match="exact"):
-        knn(ROWS, ROWS, 1, accuracy="exact")
+def test_exact_is_for_every_dtype(own_backend):
+    for dtype in ("uint8", "float32", "float64"):
+        rows = np.array(ROWS, dtype)
+        exact = knn(rows, rows, 3, backend=own_backend, accuracy="exact")
+        fast = knn(rows, rows, 3, backend=own_backend)
+        assert_identical(exact.indices, fast.indices)
+        assert_identical(exact.distances, fast.distances)
 
 
 def test_a_corpus_prepared_as_exact_is_searched_exactly():
     corpus = prepare(np.array(ROWS, np.uint8), accuracy="exact", **B)
     assert knn(np.array(ROWS, np.uint8), corpus, 1).indices.tolist() == [[0], [1], [2]]
-    with pytest.raises(UnsupportedError, match="exact"):  # and not quietly in float32
-        knn(np.array(ROWS, np.float32), corpus, 1)
+    found = knn(np.array(ROWS, np.float32), corpus, 1)
+    assert found.indices.tolist() == [[0], [1], [2]]
+    assert found.certificate.filter.startswith("float32")  # and not quietly as fast
 
 
 # ---- budgets

@@ -226,6 +226,7 @@ def test_own_backends_claim_everything(own_backend):
     assert capabilities.dtypes == frozenset(COMPUTED)
     assert capabilities.total_order
     assert capabilities.exact_integers
+    assert capabilities.certifies
 
 
 def test_the_status_is_that_of_the_backend(backend):

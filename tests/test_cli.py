@@ -431,3 +431,48 @@ def test_reproduce_says_why_the_search_ended(invoke, classified, monkeypatch):
     assert code == cli.FAILED
     assert "300.00" in shown
     assert "exit code 1" in errors
+
+
+def test_sizes_may_be_several(invoke):
+    sizes = "--n-corpus", "100", "--n-corpus", "200", "--n-features", "8", "--n-queries", "20", "-k", "1", "-k", "5"
+    code, shown, _ = invoke(
+        "run", "--dataset", "synthetic", "--metrics", "cosine", "--op", "knn,pairwise", *sizes, "--list"
+    )
+    assert code == 0
+    assert sorted(shown.split()) == [
+        "knn/cosine/synthetic/float32/20x100x8/k1",
+        "knn/cosine/synthetic/float32/20x100x8/k5",
+        "knn/cosine/synthetic/float32/20x200x8/k1",
+        "knn/cosine/synthetic/float32/20x200x8/k5",
+        "pairwise/cosine/synthetic/float32/20x100x8",
+        "pairwise/cosine/synthetic/float32/20x200x8",
+    ]
+
+
+def test_kinds_of_synthetic_data_are_data_sets(invoke, tmp_path):
+    kinds = "run", "--dataset", "synthetic:clusters,synthetic:far", "--metrics", "euclidean", "--dtype", "float64"
+    code, _, _ = invoke(*kinds, "--backends", "numpy", "--n-queries", "20", "--time", "0.2", "--no-twins")
+    assert code == 0
+    records = read_records(tmp_path / cli.OUTPUT)
+    assert {(record.dataset, record.dtype, record.n_queries, record.status) for record in records} == {
+        ("synthetic:clusters", "float64", 20, "ok"),
+        ("synthetic:far", "float64", 20, "ok"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--dataset", "synthetic:nope"], "kind='nope' is no kind of synthetic data"),
+        (["--dataset", "digits:far"], "data set 'digits:far' is unknown"),
+        (["--dataset", "synthetic:denormals", "--dtype", "uint8"], "synthetic:denormals cannot be uint8"),
+        (["--dataset", "digits", "--n-features", "3"], "digits has features of its own"),
+        (["--dataset", "digits", "--n-corpus", "99999"], "n_train=99999 must be an integer from 1 to 1438"),
+        (["--dataset", "digits", "--n-corpus", "10", "-k", "11"], "k=11 exceeds n_corpus=10"),
+        (["--n-corpus", "0"], "--n-corpus"),
+    ],
+)
+def test_sizes_and_kinds_that_cannot_be_are_refused(invoke, arguments, text):
+    code, _, errors = invoke("run", *arguments)
+    assert code == cli.INVALID
+    assert text in errors

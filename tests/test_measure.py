@@ -489,10 +489,12 @@ def test_slow_backends_are_measured_on_fewer_rows(monkeypatch):
 
 
 def test_a_ceiling_that_was_measured_too_low_makes_nothing_impossible(misbehaving, monkeypatch):
-    rates = iter([1.0, 2.0, 1e15])
+    rates = iter([1.0, 2.0, 1e15, 1e10])
     monkeypatch.setattr(ceilings.Ceilings, "_run", fake_run(rates))
     (cell,) = cells("good")
     assert cell.status == "ok"
+    assert cell.ceilings == {cell.bound: 1e15, "read": 1e10}
+    assert cell.operations[cell.bound] / cell.ceilings[cell.bound] == cell.floor_s
     assert next(rates, None) is None
 
 

@@ -121,6 +121,7 @@ def test_no_peer_claims_the_rules_of_own_backends(peer):
     capabilities = backend_status(peer).capabilities
     assert not capabilities.total_order
     assert not capabilities.exact_integers
+    assert not capabilities.certifies
 
 
 def test_blocks_of_queries_are_put_together(peer):

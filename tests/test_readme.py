@@ -26,6 +26,12 @@ def test_nothing_is_left_to_fill_in():
     assert "PLACEHOLDER" not in README
 
 
+def test_pictures_are_there():
+    names = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert names
+    assert all((ROOT / name).stat().st_size < 200_000 for name in names)
+
+
 def test_each_command_sets_itself_up():
     for mark in ("main", "tests"):
         (command,) = re.findall(rf"<!-- command: {mark} -->\n```bash\n(.*?)\n```", README, flags=re.DOTALL)

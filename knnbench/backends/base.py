@@ -1,8 +1,8 @@
 """What a backend is: the abstract classes that every backend implements.
 
 A class here is abstract or final: a backend implements what is abstract and overrides nothing, except
-that one with a better `Backend.linear_loss` may bring its own, and that one may tell more of itself for
-measuring: `Backend.operations`, `Backend.stopwatch`, `Backend.device_peak`; or for sharing work:
+that one with a better `Backend.linear_loss` or `Backend.candidates` may bring its own, and that one may tell more of
+itself for measuring: `Backend.operations`, `Backend.stopwatch`, `Backend.device_peak`; or for sharing work:
 `Backend.prepare_about`, `Backend.levels`. Which backends exist, and whether they work here, is the business of
 `knnbench.backends`.
 """
@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from knnbench.blocking import BUDGET_VARIABLE, chunk_rows, slices
+from knnbench.bounds import Floats, direct_floor
 from knnbench.dtypes import COMPUTED, Array
 from knnbench.errors import OverBudgetError
 from knnbench.metrics import METRICS, Space
@@ -23,6 +24,7 @@ from knnbench.metrics import METRICS, Space
 __all__ = [
     "LOSS_ELEMENTS",
     "Backend",
+    "Candidates",
     "Capabilities",
     "HostArrays",
     "HostBackend",
@@ -83,6 +85,8 @@ class Capabilities:
         Whether neighbours come in the total order (value, index), ties included.
     exact_integers : bool
         Whether uint8 is accumulated in integers, or in a unit shown to be exact for the shape.
+    certifies : bool
+        Whether `Backend.candidates` is true for floats: what ``accuracy="exact"`` needs there.
     """
 
     device: Literal["cpu", "cuda"]
@@ -90,6 +94,30 @@ class Capabilities:
     dtypes: frozenset[str] = frozenset(COMPUTED)
     total_order: bool = True
     exact_integers: bool = True
+    certifies: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Rows that may be among the nearest, and a proof of what is not.
+
+    Attributes
+    ----------
+    indices : (n_queries, count) native array of int64
+        Different rows of the corpus, in any order.
+    floor : (n_queries,) array of float64
+        No other row has an exact accumulated value below it, on the rows as they were given: for cosine the squared
+        difference of rows of unit length. Minus infinity where nothing is proved.
+    last : (n_queries,) array of float64
+        The largest value that was selected; `last` less `floor` is what the error of the arithmetic costs.
+    form : str
+        What was computed, for people.
+    """
+
+    indices: Native
+    floor: Floats
+    last: Floats
+    form: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +221,20 @@ class Backend(ABC):
             total order. A peer without the total order may give any monotone float equivalent.
         indices : (n_queries, k) native array of int64
         """
+
+    def candidates(self, queries: Native, prepared: Any, count: int, space: Space, budget: int) -> Candidates:
+        """Return the `count` rows that are nearest by fast arithmetic on floats, and what that proves of all others.
+
+        Arguments are those of `knn`. Only a backend with `Capabilities.certifies` is asked.
+
+        Notes
+        -----
+        The default is for a backend whose `knn` is right in the direct form, whatever sums it selected by: among values
+        each within `knnbench.bounds.direct_error` of the exact ones, it returns the smallest.
+        """
+        ranked, indices = self.knn(queries, prepared, count, space, budget)
+        last = self.to_numpy(ranked)[:, -1].astype(np.float64)
+        return Candidates(indices, direct_floor(space, last), last, f"{space.dtype} differences")
 
     @abstractmethod
     def finish(self, ranked: Native, space: Space) -> Native:

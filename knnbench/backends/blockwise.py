@@ -23,10 +23,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from knnbench.blocking import MAX_CORPUS, MAX_QUERIES, block_shape, slices
+from knnbench.bounds import Floats, direct_floor, gram_floor
 from knnbench.metrics import Space
 from knnbench.ordering import Selection, order_rows
 
-from .base import Backend, Native, float_operations
+from .base import Backend, Candidates, Native, float_operations
 
 __all__ = ["BlockCorpus", "BlockSearch", "Blocks", "BlockwiseBackend"]
 
@@ -178,6 +179,30 @@ class BlockSearch(Backend):
                     found = self._mend_neighbors(*found, k, block, prepared, blocks, space)
                 ranked[rows], indices[rows] = found
         return ranked, indices
+
+    def candidates(self, queries: Native, prepared: BlockCorpus, count: int, space: Space, budget: int) -> Candidates:
+        """Return what is selected by the form that blocks are computed in, by itself: nothing is computed once more."""
+        n_queries, n_corpus = len(queries), len(prepared.rows)
+        indices = self.xp.empty((n_queries, count), dtype=np.int64)
+        floor, last = np.empty(n_queries), np.empty(n_queries)
+        blocks = self._blocks(n_queries, n_corpus, count, space, budget)
+        with self.settings():
+            for rows in slices(n_queries, blocks.queries):
+                block = self._take_queries(queries[rows], prepared, space)
+                values, indices[rows] = self._select(
+                    partial(self._block, block, prepared, space), n_corpus, count, blocks
+                )
+                last[rows] = self.to_numpy(values[:, -1])
+                floor[rows] = self._floor(last[rows], block, prepared, space)
+        form = "differences" if prepared.centre is None else "products"
+        return Candidates(indices, floor, last, f"{space.dtype} {form}")
+
+    def _floor(self, last: Floats, block: BlockCorpus, prepared: BlockCorpus, space: Space) -> Floats:
+        if prepared.centre is None:
+            return direct_floor(space, last)
+        assert block.norms is not None
+        assert prepared.norms is not None
+        return gram_floor(space, last, self.to_numpy(block.norms), float(prepared.norms.max()))
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return those of the products, or of the direct form on floats."""

@@ -98,7 +98,7 @@ class NumbaBackend(HostBackend):
     loops these start no pool that outlives the call, spins, forbids forks or aborts on concurrent calls.
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(device="cpu")
+    capabilities: ClassVar[Capabilities] = Capabilities(device="cpu", certifies=True)
 
     def prepare(self, corpus: Native, space: Space) -> TileCorpus:
         """Return the prepared rows."""

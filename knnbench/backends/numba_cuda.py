@@ -45,7 +45,7 @@ class TileRows:
 class NumbaCudaBackend(Backend):
     """Every distance by the direct form, in tiles; selection by a heap for each query."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(device="cuda")
+    capabilities: ClassVar[Capabilities] = Capabilities(device="cuda", certifies=True)
 
     def to_native(self, rows: Any, dtype: np.dtype[Any]) -> Native:
         """Return a C-contiguous device array of numba's."""

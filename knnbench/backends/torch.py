@@ -327,13 +327,13 @@ class TorchSearch(TorchArrays, BlockSearch):
 class TorchBackend(TorchSearch):
     """PyTorch on the CPU."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(device="cpu", metrics=SUPPORTED)
+    capabilities: ClassVar[Capabilities] = Capabilities(device="cpu", metrics=SUPPORTED, certifies=True)
 
 
 class TorchCudaBackend(TorchSearch):
     """PyTorch on the current CUDA device."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(device="cuda", metrics=SUPPORTED)
+    capabilities: ClassVar[Capabilities] = Capabilities(device="cuda", metrics=SUPPORTED, certifies=True)
     # Starting a kernel costs as much as the product of a small block.
     largest: ClassVar[Blocks] = Blocks(queries=4096, corpus=16_384, elements=1 << 24)
 

@@ -414,8 +414,8 @@ _AMX = {64: ("llvm.x86.tdpbuud", "amx-int8")}
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
-        *_floats("absolute", add_absolute_floats, _FUSED, is_balanced=True),
-        *_floats("square", add_square_floats, is_balanced=True),
+        *_floats("absolute", add_absolute_floats, _FUSED),
+        *_floats("square", add_square_floats),
         *_floats("larger", add_larger_floats, _FUSED, is_balanced=True),
         *_floats("product", add_product_floats, is_light=True),
         *_floats("largest", keep_largest_floats, _RANGE, is_largest=True),
@@ -474,7 +474,7 @@ class Vectors:
         """
         if self.operation.is_matrix:
             return 2 * MATRIX_ROWS, 2
-        light = self.operation.is_light or (self.width == 64 and is_float(self.elements))
+        light = self.operation.is_light
         queries, vectors = ((8, 3) if light else (8, 2)) if self.registers == 32 else ((6, 2) if light else (4, 2))
         # A bit for each row of a panel says whether it is of interest.
         return queries, min(vectors, 64 // self.lanes)

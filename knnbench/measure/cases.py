@@ -24,7 +24,7 @@ class Case:
     metric : str
         Canonical name.
     dataset, options : str, dict
-        For `knnbench.datasets.load`.
+        For `knnbench.datasets.load`; ``"synthetic:KIND"`` is that kind of synthetic data.
     dtype : str
         Rows are converted to it.
     k : int or None
@@ -58,7 +58,10 @@ class Case:
 
 def load_rows(dataset: str, options: dict[str, Any], dtype: str) -> tuple[Array, Array]:
     """Return the queries and the corpus of a data set, its test and its training rows, as `dtype` or as they are."""
-    data = datasets.load(dataset, **options)
+    name, _, kind = dataset.partition(":")
+    if kind:  # which values break a kernel depends on their dtype
+        options = {"kind": kind, "dtype": dtype or "float32", **options}
+    data = datasets.load(name, **options)
     if not dtype:
         return data.X_test, data.X_train
     return data.X_test.astype(dtype), data.X_train.astype(dtype)
@@ -91,14 +94,14 @@ def make_cases(
     >>> [case.name for case in make_cases("digits", ["cosine"], ops=["knn", "pairwise"], n_queries=100)]
     ['knn/cosine/digits/uint8/100x1438x64/k3', 'pairwise/cosine/digits/uint8/100x1438x64']
     """
-    data = datasets.load(dataset, **(options or {}))
-    (n_test, n_features), n_corpus = data.X_test.shape, len(data.X_train)
+    queries, corpus = load_rows(dataset, options or {}, "")
+    (n_test, n_features), n_corpus = queries.shape, len(corpus)
     return [
         Case(
             op=op,
             metric=metric,
             dataset=dataset,
-            dtype=dtype or str(data.X_train.dtype),
+            dtype=dtype or str(corpus.dtype),
             k=k if op == "knn" else None,
             n_queries=min(n_queries, n_test),
             n_corpus=n_corpus,

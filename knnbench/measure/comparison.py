@@ -44,9 +44,11 @@ __all__ = [
     "Row",
     "Side",
     "SideFacts",
+    "commit_name",
     "compare",
     "compare_sides",
     "indistinguishable",
+    "machine_name",
     "noise",
     "parse_side",
 ]
@@ -326,7 +328,8 @@ PATH@FIELD=VALUE,...
         raise InvalidInputError(
             f"there is no file {path}. A side is PATH, FIELD=VALUE,... or PATH@FIELD=VALUE,...{hint}"
         )
-    everything = records = read_records(path)
+    everything: list[Record] = read_records(path)
+    records = everything
     if not records:
         raise InvalidInputError(f"{path} holds no records.")
     for name, value in selection.items():
@@ -340,8 +343,8 @@ PATH@FIELD=VALUE,...
     commits = {record.commit for record in records}
     if "commit" in selection and len(commits) > 1:
         raise InvalidInputError(f"commit={selection['commit']} fits several: {_values(records, 'commit')}.")
-    runs = {(record.run, _machine(record)) for record in records}
-    whole = [record for record in everything if (record.run, _machine(record)) in runs]
+    runs = {(record.run, machine_name(record)) for record in records}
+    whole = [record for record in everything if (record.run, machine_name(record)) in runs]
     return Side(text, path, selection, records, noise(whole))
 
 
@@ -394,9 +397,9 @@ def _fits(record: Record, field: str, value: str, selection: dict[str, str]) -> 
 def _values(records: Iterable[Record], field: str) -> str:
     """Return the values of a field, for an error's text."""
     if field == "machine":
-        values = {_machine(record) for record in records}
+        values = {machine_name(record) for record in records}
     elif field == "commit":
-        values = {_commit(record) for record in records}
+        values = {commit_name(record) for record in records}
     else:
         values = {str(getattr(record, field)) for record in records}
     named = sorted(value or "(not known)" for value in values)
@@ -409,11 +412,13 @@ def _devices(record: Record) -> list[str]:
     return [name for name in (str(record.machine.get("cpu") or ""), *gpus) if name]
 
 
-def _machine(record: Record) -> str:
+def machine_name(record: Record) -> str:
+    """Return the names of a record's CPU and GPUs; empty if they are not known."""
     return " + ".join(_devices(record))
 
 
-def _commit(record: Record) -> str:
+def commit_name(record: Record) -> str:
+    """Return a record's commit, with ``-dirty`` if the sources differed from it; empty if it is not known."""
     return record.commit + "-dirty" * (record.dirty and bool(record.commit))
 
 
@@ -434,7 +439,7 @@ def noise(records: Iterable[Record]) -> float | None:
     for record in records:
         if record.complete and record.status == "ok" and record.times_s:
             key = record.run, record.case, record.backend, record.threads, record.commit, record.dirty
-            pair = medians.setdefault((*key, _machine(record)), {False: [], True: []})
+            pair = medians.setdefault((*key, machine_name(record)), {False: [], True: []})
             pair[record.twin].extend(_samples(record))
     differences = [
         abs(math.log(statistics.median(pair[True]) / statistics.median(pair[False])))
@@ -588,14 +593,30 @@ def indistinguishable(records: Iterable[Record], *, alpha: float = ALPHA, min_ch
     if not cells:
         return set()
     fastest = min(cells.values(), key=lambda cell: float(np.median(cell.samples)))
-    near = set()
+    near = {name for name, cell in cells.items() if cell is fastest}
     for name, cell in cells.items():
+        if cell is fastest or _are_clearly_apart(fastest, cell, alpha, threshold):
+            continue
         row = _row({}, fastest, cell, alpha, threshold)
         assert row.change is not None
         apart = cell.samples.min() > fastest.samples.max() and row.change > math.log(max(GROSS, 1 + threshold))
         if row.verdict != "slower" and not (row.verdict == "too few samples" and apart):
             near.add(name)
     return near
+
+
+def _are_clearly_apart(a: Cell, b: Cell, alpha: float, threshold: float) -> bool:
+    """Return whether `_row` would find B slower whatever its resamples: most of the time goes into these.
+
+    Where no sample of B is below one of A, neither is the median of any resample, so that the interval leaves out 1.
+    """
+    change = math.log(np.median(b.samples)) - math.log(np.median(a.samples))
+    return (
+        min(a.samples.size, b.samples.size) > 1
+        and b.samples.min() > a.samples.max()
+        and change > math.log1p(threshold)
+        and _least_p(a.samples.size, b.samples.size) < alpha
+    )
 
 
 def _cells(records: Sequence[Record], keys: list[str], name: str) -> dict[tuple[Any, ...], Cell]:
@@ -605,7 +626,7 @@ def _cells(records: Sequence[Record], keys: list[str], name: str) -> dict[tuple[
             groups.setdefault(tuple(getattr(record, key) for key in keys), []).append(record)
     if not groups:
         raise InvalidInputError(f"{name} has no complete record: nothing to compare.")
-    machines = sorted({_machine(record) for group in groups.values() for record in group})
+    machines = sorted({machine_name(record) for group in groups.values() for record in group})
     if len(machines) > 1:
         raise InvalidInputError(
             f"{name} has records of {len(machines)} machines, whose times are not one sample: "
@@ -645,8 +666,8 @@ def _samples(record: Record) -> list[float]:
 
 def _facts(records: Sequence[Record], name: str, noise_of_side: float | None) -> SideFacts:
     counted = [record for record in records if record.complete and not record.twin]
-    commits = dict.fromkeys(_commit(record) for record in counted)
-    machines = dict.fromkeys(_machine(record) for record in counted)
+    commits = dict.fromkeys(commit_name(record) for record in counted)
+    machines = dict.fromkeys(machine_name(record) for record in counted)
     return SideFacts(name, tuple(commits), tuple(machines), noise_of_side)
 
 

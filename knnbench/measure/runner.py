@@ -49,6 +49,9 @@ GRACE_S = 120.0
 MARGIN = 1.25
 RETRIES = 2
 
+# What bounds a kernel that does little with each byte.
+MEMORY_PROBES = {"cpu": "read", "cuda": "cuda-read"}
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -218,7 +221,13 @@ class _Cell:
                 break
             ceilings.again(bound)  # it may have been measured while the machine was busy
             floor_s, bound = floor(counts, ceilings)
-        self.record = replace(self.record, floor_s=floor_s, bound=bound)
+        self.record = replace(
+            self.record,
+            floor_s=floor_s,
+            bound=bound,
+            operations=counts if floor_s else {},
+            ceilings=_rates((*counts, MEMORY_PROBES[PROBES[bound].device]), ceilings) if floor_s else {},
+        )
         if floor_s is None or median_s * MARGIN >= floor_s:
             return
         (ceiling,) = ceilings.measure([bound])
@@ -232,6 +241,10 @@ class _Cell:
 
     def _complete(self, answer: dict[str, Any]) -> None:
         self.record = replace(self.record, **_known(answer), complete=True)
+
+
+def _rates(names: Iterable[str], ceilings: Ceilings) -> dict[str, float]:
+    return {ceiling.name: ceiling.rate for ceiling in ceilings.measure(names) if ceiling.rate is not None}
 
 
 def _known(answer: dict[str, Any]) -> dict[str, Any]:

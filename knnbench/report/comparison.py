@@ -1,15 +1,14 @@
 """What a comparison found, for the terminal."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from knnbench.measure.comparison import Cell, Comparison, Row, SideFacts
-from knnbench.report.table import format_seconds
+from knnbench.report.table import format_seconds, plain
 
-__all__ = ["comparison_table", "summary_line"]
+__all__ = ["caption_lines", "case_columns", "comparison_table", "summary_line", "verdict_words"]
 
 STYLES = {"slower": "red", "broken": "bold red", "less accurate": "red", "faster": "green", "mended": "green"}
 
@@ -31,14 +30,14 @@ def comparison_table(comparison: Comparison) -> Table:
         sides are, what decided and `summary_line` are in the caption.
     """
     rows = [row for row in comparison.rows if row.verdict not in UNSHOWN]
-    columns = _case_columns(comparison)
+    columns = case_columns(comparison)
     varying = {name: show for name, show in columns.items() if len({show(row) for row in rows}) > 1}
     shared = [_labelled(name, show(rows[0])) for name, show in columns.items() if name not in varying and rows]
     table = Table(
-        title=_plain(", ".join(("B against A", *filter(None, shared)))),
+        title=plain(", ".join(("B against A", *filter(None, shared)))),
         title_justify="left",
         title_style="bold",
-        caption=Text("\n").join(map(_plain, (*_caption(comparison), summary_line(comparison)))),
+        caption=Text("\n").join(map(plain, caption_lines(comparison))),
         caption_justify="left",
         caption_style="",
     )
@@ -49,7 +48,7 @@ def comparison_table(comparison: Comparison) -> Table:
     table.add_column("verdict", overflow="fold")
     for row in rows:
         cells = [*(show(row) for show in varying.values()), *_numbers(row)]
-        table.add_row(*map(_plain, cells), _verdict(row))
+        table.add_row(*map(plain, cells), _verdict(row))
     return table
 
 
@@ -65,7 +64,7 @@ def summary_line(comparison: Comparison) -> str:
     return first + ", ".join(counts)
 
 
-def _case_columns(comparison: Comparison) -> dict[str, Callable[[Row], str]]:
+def case_columns(comparison: Comparison) -> dict[str, Callable[[Row], str]]:
     """Return each column that says which cell a row is, with what gives its text."""
 
     def field(name: str) -> Callable[[Row], str]:
@@ -102,7 +101,8 @@ def _ratio(ratio: float) -> str:
     return f"{ratio:.3f}" if 0.1 <= ratio < 10 else f"{ratio:.3g}"
 
 
-def _verdict(row: Row) -> Text:
+def verdict_words(row: Row) -> list[str]:
+    """Return the verdict on a row, and what else a reader has to know of it."""
     words = [row.verdict]
     for name, cell in (("A", row.a), ("B", row.b)):
         if cell is not None and cell.status != "ok":
@@ -111,11 +111,16 @@ def _verdict(row: Row) -> Text:
         words.append(f"{row.accuracy} (error {row.a.error:.1e} -> {row.b.error:.1e})")
     if row.sizes_differ:
         words.append("measured sizes differ")
+    return words
+
+
+def _verdict(row: Row) -> Text:
     worst = row.accuracy if row.accuracy == "less accurate" else row.verdict
-    return _plain("; ".join(words), STYLES.get(worst, ""))
+    return plain("; ".join(verdict_words(row)), STYLES.get(worst, ""))
 
 
-def _caption(comparison: Comparison) -> Iterable[str]:
+def caption_lines(comparison: Comparison) -> Iterable[str]:
+    """Return what the sides are, what decided, and how many cells have which verdict."""
     for letter, side in (("A", comparison.a), ("B", comparison.b)):
         yield f"{letter}: {_side(side)}"
     yield (
@@ -123,6 +128,7 @@ def _caption(comparison: Comparison) -> Iterable[str]:
         f"above {comparison.threshold:.1%} (least change of interest {comparison.min_change:.1%}; noise of A "
         f"{_noise(comparison.a.noise)}, of B {_noise(comparison.b.noise)})"
     )
+    yield summary_line(comparison)
 
 
 def _side(side: SideFacts) -> str:
@@ -134,8 +140,3 @@ def _side(side: SideFacts) -> str:
 
 def _noise(noise: float | None) -> str:
     return "not known, no A/A pair" if noise is None else f"{noise:.1%}"
-
-
-def _plain(text: Any, style: str = "") -> Text:
-    """Return a text that the terminal shows as it is: names in a file of records must not act as markup or controls."""
-    return Text("".join(char if char.isprintable() else "?" for char in str(text)), style=style)

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from knnbench.backends import Status
 from knnbench.datasets import DatasetStatus
@@ -22,6 +23,7 @@ __all__ = [
     "datasets_table",
     "format_seconds",
     "machine_table",
+    "plain",
 ]
 
 BASELINE = "numpy"
@@ -42,6 +44,11 @@ def format_seconds(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}" if seconds / size < 1000 else f"{seconds / size:,.0f} {unit}"
     return f"{seconds / 1e-6:.3g} µs"
+
+
+def plain(text: Any, style: str = "") -> Text:
+    """Return a text that the terminal shows as it is: names in a file of records must not act as markup or controls."""
+    return Text("".join(char if char.isprintable() or char == "\n" else "?" for char in str(text)), style=style)
 
 
 def case_table(records: Iterable[Record]) -> Table:
@@ -67,8 +74,10 @@ def case_table(records: Iterable[Record]) -> Table:
     fastest = indistinguishable(records)
     first, difference = cells[0], noise(records)
     table = Table(
-        title=f"{first.op} {first.metric}, {first.dataset} {first.dtype}, {f'k={first.k}, ' if first.k else ''}"
-        f"{first.n_corpus:,} x {first.n_features}, {first.threads} thread{'s' if first.threads != 1 else ''}",
+        title=plain(
+            f"{first.op} {first.metric}, {first.dataset} {first.dtype}, {f'k={first.k}, ' if first.k else ''}"
+            f"{first.n_corpus:,} x {first.n_features}, {first.threads} thread{'s' if first.threads != 1 else ''}"
+        ),
         title_justify="left",
         title_style="bold",
         caption=_caption(measured, fastest, difference),
@@ -92,12 +101,12 @@ def case_table(records: Iterable[Record]) -> Table:
     for cell in measured:
         mark = "= " if len(fastest) > 1 and cell.backend in fastest else ""
         style = STATUS_STYLES.get(cell.status, "red")
-        table.add_row(mark + _name(cell), *_measured_row(cell, baseline), style=style)
+        table.add_row(plain(mark + _name(cell)), *_measured_row(cell, baseline), style=style)
     for cell in cells:
         if cell.seconds_per_pair is None:
             gaps = [""] * (len(table.columns) - 2)
             style = STATUS_STYLES.get(cell.status, "red")
-            table.add_row(_name(cell), *gaps, escape(f"{cell.status}: {cell.reason}"), style=style)
+            table.add_row(plain(_name(cell)), *gaps, plain(f"{cell.status}: {cell.reason}"), style=style)
     return table
 
 
@@ -110,7 +119,7 @@ def absent_table(records: Iterable[Record]) -> Table | None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, reason in reasons.items():
-        table.add_row(name, escape(reason), style="dim")
+        table.add_row(plain(name), plain(reason), style="dim")
     return table
 
 
@@ -126,7 +135,7 @@ def _caption(measured: list[Record], fastest: set[str], difference: float | None
     return "; ".join(facts)
 
 
-def _measured_row(cell: Record, baseline: Record | None) -> list[str]:
+def _measured_row(cell: Record, baseline: Record | None) -> list[str | Text]:
     assert cell.seconds_per_pair is not None
     assert cell.median_s is not None
     assert cell.interval_s is not None
@@ -152,7 +161,7 @@ def _measured_row(cell: Record, baseline: Record | None) -> list[str]:
         "" if cell.error is None else f"{cell.error:.1e}" if cell.error else "0",
         "" if first_call_s is None else format_seconds(first_call_s),
         "" if cell.peak_bytes is None else f"{cell.peak_bytes / 1e6:,.0f}",
-        escape("; ".join(notes)),
+        plain("; ".join(notes)),
     ]
 
 

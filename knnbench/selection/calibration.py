@@ -11,7 +11,7 @@ from knnbench.measure.timer import settle
 
 from .auto import forget_choices
 from .candidates import errors_of
-from .measurement import Clock, measure
+from .measurement import Clock, Search, measure
 from .problem import Problem
 from .wisdom import Sample, wisdom
 
@@ -48,7 +48,11 @@ class Level:
     longest_s: float
 
 
-QUICK = Level(seconds=50, n_shapes=6, sample_s=0.003, longest_s=0.015)
+# Seconds to wake the threads of a backend, and what they do meanwhile: enough work for all of them.
+WAKE_S = 0.5
+WAKING = ("knn", 64, 2000, 64, 3)
+
+QUICK = Level(seconds=45, n_shapes=6, sample_s=0.003, longest_s=0.015)
 FULL = Level(seconds=1800, n_shapes=28, sample_s=0.04, longest_s=0.6)
 
 
@@ -115,6 +119,8 @@ def calibrate(
         for name in names:
             begun, done = done, done + 1 / (2 * len(names))
             samples = []
+            metric, dtype = _kinds(name)[0]
+            Search(name, Problem(*WAKING, metric, dtype), clock).wake(WAKE_S)
             try:
                 for problem in _problems(name, level.n_shapes, half):
                     before = last.get((name, *problem.group))

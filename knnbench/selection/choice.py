@@ -37,6 +37,9 @@ HOPELESS = 4.0
 CALL_SHARE = 1 / 12
 SLICE_BYTES = 64 << 20
 
+# Seconds to wake the threads of a backend that was just started.
+WAKE_S = 0.2
+
 # Features of pairs a second, of backends of which nothing is known: a slow one's.
 UNKNOWN_RATE = 5e7
 
@@ -159,7 +162,8 @@ def fastest_backend(
     dtype : dtype
         Of the data; what is computed as another (float16, integers) is asked for as that.
     accuracy : {"fast", "exact"}
-        As for `knnbench.knn`.
+        As for `knnbench.knn`. Times are those of the fast search, which on ordinary data are those of the exact one,
+        too.
     max_error : float, optional
         The largest error allowed, max |d - d_ref| / max d_ref, on ordinary data and on data far from the origin.
     calls : int
@@ -330,7 +334,10 @@ class _Race:
                 continue
             self._searches[name] = search
             self.times[name] = [first] if was_started else []
-            self._end += 0.0 if was_started else first  # starting is no measuring
+            if not was_started:  # starting is no measuring
+                begun = self._clock()
+                search.wake(min(WAKE_S, self._seconds / 4))
+                self._end += first + self._clock() - begun
 
     def run(self) -> None:
         """Measure in rounds until the time is spent; each backend is measured once at the least."""

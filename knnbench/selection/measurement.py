@@ -21,6 +21,9 @@ Clock = Callable[[], float]
 # Values that rows are made from again and again: drawing new ones would take longer than searching.
 POOL = (1 << 20) - 1  # odd, so that the same values do not fall on the same features
 
+# To wake threads, where calls take no time.
+MOST_CALLS = 10_000
+
 # Of kinds of computation that ran in this process: they will not have to be started again.
 _started: set[tuple[str, ...]] = set()
 
@@ -76,6 +79,15 @@ class Search:
         self._engine.synchronize()
         _started.add((self._backend, *self._problem.group))
         return self._clock() - begin
+
+    def wake(self, seconds: float) -> None:
+        """Call again and again for some seconds: threads that were just started share a CPU until the system sees it.
+
+        On two CPUs that made the first calls of OpenMP's and OpenBLAS's pools take ten times as long as later ones.
+        """
+        spent, n_calls = self.call(), 1
+        while spent < seconds and n_calls < MOST_CALLS:
+            spent, n_calls = spent + self.call(), n_calls + 1
 
     def prepare(self) -> tuple[float, Any]:
         """Return the seconds to prepare the corpus, and the result."""

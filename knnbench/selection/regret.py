@@ -1,8 +1,9 @@
 """Regret: how much longer what was chosen takes than what would have been best, on shapes that were never measured."""
 
+import functools
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,7 @@ from knnbench.measure.timer import settle
 
 from .calibration import shapes
 from .candidates import Constraints, sieve
-from .choice import fastest_backend
+from .choice import Choice, fastest_backend
 from .measurement import Clock, Search
 from .problem import Problem
 
@@ -22,6 +23,9 @@ FIXED = ("numpy", "numba", "sklearn", "faiss", "torch")
 
 # Not measured where they would take thousands of times as long, so no rule to compare with.
 LOOPS = ("python", "notebook")
+
+# What scikit-learn takes by itself, a tree where rows have few features: no backend, and never the best.
+RULE = "scikit-learn's rule"
 
 # A fixed rule that lacks what is asked for must take something.
 FALLBACK = "numpy"
@@ -56,6 +60,11 @@ class Outcome:
     alike: dict[str, tuple[str, ...]]
     times: dict[str, list[float]] = field(default_factory=dict)
 
+    @property
+    def backends(self) -> list[str]:
+        """What was measured of those that there are to choose from."""
+        return [name for name in self.times if name != RULE]
+
     def halves(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return medians of the rounds with even and odd numbers."""
         return tuple(  # type: ignore[return-value]
@@ -68,7 +77,7 @@ class Outcome:
         backend = backend if backend in self.times else FALLBACK
         ratios = []
         for names, scores in ((first, second), (second, first)):
-            ratios.append(scores[backend] / scores[min(names, key=lambda name: names[name])])
+            ratios.append(scores[backend] / scores[min(self.backends, key=lambda name: names[name])])
         return float(np.sqrt(ratios[0] * ratios[1]))
 
 
@@ -137,23 +146,20 @@ def outcomes(
     """
     rng = random.Random(seed)
     usable = [name for name in candidates or registry() if backend_status(name).ok]
-    for problem in asked:
-        names, _ = sieve(usable, problem, Constraints("fast", None, BUDGET))
-        searches = {name: Search(name, problem, clock) for name in names if not _loops(name, problem)}
-        for search in searches.values():  # warm before the choice, which counts the start of what is not
-            search.call()
-        efforts = {"estimate": 1.0} | ({"measure": time_budget} if time_budget else {})
-        chosen, alike = {}, {}
-        for effort, seconds in efforts.items():
-            choice = fastest_backend(
-                problem.op, n_queries=problem.n_queries, n_corpus=problem.n_corpus, n_features=problem.n_features,
-                k=problem.k, metric=problem.metric, dtype=problem.dtype, candidates=list(searches),
-                effort=effort, time_budget=seconds, clock=clock,
-            )  # fmt: skip
-            chosen[effort], alike[effort] = choice.backend, choice.indistinguishable
+    # All estimates come before anything is measured, which estimates would learn from.
+    estimates = [_choose(problem, _started(usable, problem, clock), "estimate", 1.0, clock) for problem in asked]
+    for problem, estimate in zip(asked, estimates, strict=True):
+        searches = _started(usable, problem, clock)
+        choices = {"estimate": estimate}
+        if time_budget:
+            choices["measure"] = _choose(problem, searches, "measure", time_budget, clock)
+        chosen = {effort: choice.backend for effort, choice in choices.items()}
+        alike = {effort: choice.indistinguishable for effort, choice in choices.items()}
         outcome = Outcome(problem, chosen, alike)
+        rivals: dict[str, Callable[[], float]] = {name: search.call for name, search in searches.items()}
+        rivals[RULE] = _Rule(next(iter(searches.values())), problem, clock).call
         for _ in range(ROUNDS):
-            order = list(searches)
+            order = list(rivals)
             rng.shuffle(order)
             best = min((np.median(times) for times in outcome.times.values()), default=np.inf)
             for name in order:
@@ -161,8 +167,41 @@ def outcomes(
                 if known and np.median(known) > HOPELESS * best and name not in chosen.values():
                     continue
                 settle()
-                outcome.times.setdefault(name, []).append(_sample(searches[name]))
+                outcome.times.setdefault(name, []).append(_sample(rivals[name]))
         yield outcome
+
+
+def _started(usable: Sequence[str], problem: Problem, clock: Clock) -> dict[str, Search]:
+    """Return the backends that can do a problem, each called once: a choice counts the start of what has not been."""
+    names, _ = sieve(usable, problem, Constraints("fast", None, BUDGET))
+    searches = {name: Search(name, problem, clock) for name in names if not _loops(name, problem)}
+    for search in searches.values():
+        search.call()
+    return searches
+
+
+def _choose(problem: Problem, searches: Mapping[str, Search], effort: str, seconds: float, clock: Clock) -> Choice:
+    return fastest_backend(
+        problem.op, n_queries=problem.n_queries, n_corpus=problem.n_corpus, n_features=problem.n_features,
+        k=problem.k, metric=problem.metric, dtype=problem.dtype, candidates=list(searches), effort=effort,
+        time_budget=seconds, clock=clock,
+    )  # fmt: skip
+
+
+class _Rule:
+    """What scikit-learn takes by itself, a tree or brute force, on the rows of a search."""
+
+    def __init__(self, search: Search, problem: Problem, clock: Clock) -> None:
+        from sklearn.neighbors import NearestNeighbors
+
+        self._rows, self._clock = search, clock
+        self._make = functools.partial(NearestNeighbors, n_neighbors=problem.k, metric=problem.metric, n_jobs=-1)
+
+    def call(self) -> float:
+        """Return the seconds to fit and to search."""
+        begin = self._clock()
+        self._make().fit(self._rows.corpus).kneighbors(self._rows.queries)
+        return self._clock() - begin
 
 
 def _loops(name: str, problem: Problem) -> bool:
@@ -170,24 +209,28 @@ def _loops(name: str, problem: Problem) -> bool:
     return name in LOOPS and problem.work > 1e6
 
 
-def _sample(search: Search) -> float:
-    """Return the mean seconds of as many calls as fill a sample, after one that wakes what sleeps."""
-    once = search.call()
-    if once >= SAMPLE_S:
+def _sample(call: Callable[[], float]) -> float:
+    """Return the mean seconds of as many calls as fill a sample, after as many that wake what sleeps."""
+    spent = once = call()
+    while spent < SAMPLE_S:
+        once = call()
+        spent += max(once, 1e-7)
+    if once > 2 * SAMPLE_S:
         return once
-    n_calls = max(1, int(np.ceil(SAMPLE_S / once)))
-    return sum(search.call() for _ in range(n_calls)) / n_calls
+    n_calls = int(np.ceil(SAMPLE_S / max(once, 1e-7)))
+    return sum(call() for _ in range(n_calls)) / n_calls
 
 
 def summaries(found: Sequence[Outcome]) -> list[Summary]:
     """Return the regrets of the ways of choosing, of the fixed rules, of the best single backend, and of an oracle."""
     ways = {effort: [o.regret(o.chosen[effort]) for o in found] for effort in found[0].chosen}
-    every = {name for o in found for name in o.times} - set(LOOPS)
+    every = {name for o in found for name in o.backends} - set(LOOPS)
     single = {name: [o.regret(name) for o in found] for name in sorted(every)}
     ways |= {f"always {name}": single[name] for name in FIXED if name in single}
+    ways[RULE] = [o.regret(RULE) for o in found]
     best = min(single, key=lambda name: _mean(single[name]))
     ways[f"best single in hindsight ({best})"] = single[best]
-    ways["oracle"] = [o.regret(min(o.times, key=lambda n: float(np.median(o.times[n])))) for o in found]
+    ways["oracle"] = [o.regret(min(o.backends, key=lambda n: float(np.median(o.times[n])))) for o in found]
     return [_summary(name, regrets) for name, regrets in ways.items()]
 
 

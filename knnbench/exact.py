@@ -1,0 +1,313 @@
+"""The neighbours of exact arithmetic on floats, proved: ``accuracy="exact"``.
+
+0. Rows so large or small that squares could leave the range are multiplied by a power of two, where that is exact.
+1. The backend's fast search gives a few more candidates than are asked for, and a floor that the exact value of no
+   other row is below (`knnbench.backends.base.Candidates`).
+2. The values of the candidates are computed in float64, each within a known interval of the exact one
+   (`knnbench.bounds`). Where the first k intervals are apart from one another and from the next, and all below the
+   floor, the answer is proved. That is the rule, and costs little.
+3. Queries of which it is not so are searched again in float64, by the direct form; what its own bound cannot exclude is
+   kept.
+4. What float64 cannot put in order is put in order by exact arithmetic (`knnbench.exact_values`). Of equal values the
+   smaller index comes first.
+
+Bad data for a bound only ever send more queries to the slower steps.
+
+References
+----------
+Filters before exact arithmetic are usual in computational geometry: J. R. Shewchuk, Adaptive precision floating-point
+arithmetic and fast robust geometric predicates, Discrete & Computational Geometry 18 (1997), 305-363.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from knnbench import interchange
+from knnbench.backends.base import Backend, Native
+from knnbench.blocking import block_shape, chunk_rows, slices
+from knnbench.bounds import Floats
+from knnbench.dtypes import Array
+from knnbench.exact_values import Values, degree
+from knnbench.metrics import Space, square_root
+from knnbench.threads import limited_blas
+from knnbench.underflow import gradual_underflow
+
+__all__ = ["Certificate", "search"]
+
+# Candidates beyond k, and for so many of k one more. On ordinary data the last of them lies farther from the k-th than
+# any bound; the queries for which it does not are searched again.
+SPARE, SPARE_SHARE = 8, 8
+
+# Bytes held for a candidate: index and value, and both once more while they are sorted.
+CANDIDATE_BYTES = 120
+
+# Rows that show how large all may be.
+SAMPLE = 256
+
+# Queries that are searched again together, so that a corpus row is read once for all of them.
+WIDE_QUERIES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """How an exact answer was proved.
+
+    Attributes
+    ----------
+    filter : str
+        The arithmetic that chose the candidates: of what the proof depends on, the only part that may round.
+    candidates : float
+        Rows whose value was looked at once more, for each query on average.
+    bound : float
+        The largest error that the filter's bound allowed for, over all queries: by so much the exact value of a row
+        that was left out may be below the largest that was selected. In the unit of what is accumulated, which for
+        euclidean is a squared distance; infinite where the bound said nothing.
+    searched_again : int
+        Queries that this did not settle, and that float64 searched.
+    settled : int
+        Queries whose neighbours float64 could not put in order, and exact arithmetic did.
+    """
+
+    filter: str
+    candidates: float
+    bound: float = 0.0
+    searched_again: int = 0
+    settled: int = 0
+
+
+class Task(Protocol):
+    """A call that was checked, as `knnbench.api` has it."""
+
+    engine: Backend
+    space: Space
+    queries: Any
+    prepared: Any
+    budget_left: int
+
+    def query_blocks(self, answer_bytes: int) -> list[slice]:
+        """Return the blocks of queries to be taken one by one."""
+
+    def corpus_parts(self) -> list[slice]:
+        """Return the parts of the corpus to be searched one by one."""
+
+    def native(self, block: slice) -> Native:
+        """Return a block of queries as the backend's own array."""
+
+    def packed(self, part: slice) -> Any:
+        """Return a part of the corpus in the backend's own form."""
+
+
+def search(task: Task, k: int) -> tuple[Array, Array, Certificate]:
+    """Return distances and indices of the k nearest, on the host, and how they were proved.
+
+    Parameters
+    ----------
+    task : Task
+        On floats, of a backend with `Capabilities.certifies`.
+    k : int
+
+    Returns
+    -------
+    distances : (n_queries, k) array of `Space.output`
+    indices : (n_queries, k) array of int64
+    certificate : Certificate
+
+    Notes
+    -----
+    Rows on a device are copied to the host as a whole, beyond the memory budget.
+    """
+    with gradual_underflow() as was_flushed:
+        # Other threads may go on flushing. All bounds hold for that, except of unit length: scaling loses what was
+        # flushed.
+        return _search(task, k, trusts_filter=not (was_flushed and task.space.metric.unit_rows))
+
+
+def _search(task: Task, k: int, *, trusts_filter: bool) -> tuple[Array, Array, Certificate]:
+    n_queries, n_corpus = len(task.queries), task.prepared.shape[0]
+    count = min(k + SPARE + k // SPARE_SHARE, n_corpus)
+    blocks, parts = task.query_blocks(16 * count), task.corpus_parts()
+    task = _in_range(task)
+    share = task.budget_left // 4
+    task.budget_left -= share
+    step, _ = block_shape(n_queries, 1, budget=share // 2, per_pair=CANDIDATE_BYTES * count, max_queries=n_queries)
+    values = Values(task.space, task.queries, task.prepared.rows, share // 2)
+    distances, indices = np.empty((n_queries, k), task.space.output), np.empty((n_queries, k), np.int64)
+    facts = []
+    for block in slices(n_queries, step):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # where it happens, nothing is proved by it
+            selected = _select(task, block, blocks[0].stop, parts, count, values)
+        if not trusts_filter:
+            selected.floor[:] = -np.inf
+        indices[block], approximate, fact = _prove(selected, block, k, values)
+        owners = np.repeat(np.arange(block.start, block.stop), k)
+        distances[block] = values.distances(owners, indices[block].ravel(), approximate.ravel()).reshape(-1, k)
+        facts.append(fact)
+    certificate = Certificate(
+        facts[0].filter,
+        sum(fact.candidates for fact in facts) / n_queries,
+        max(fact.bound for fact in facts),
+        sum(fact.searched_again for fact in facts),
+        sum(fact.settled for fact in facts),
+    )
+    return (task.unscaled(distances) if isinstance(task, _Scaled) else distances), indices, certificate
+
+
+@dataclass(slots=True)
+class _Corpus:
+    rows: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many rows, and their length."""
+        return len(self.rows), self.rows.shape[1]
+
+
+@dataclass(slots=True)
+class _Scaled:
+    """A task on rows multiplied by a power of two."""
+
+    engine: Backend
+    space: Space
+    queries: Array
+    prepared: _Corpus
+    budget_left: int
+    scale: float
+
+    def query_blocks(self, answer_bytes: int) -> list[slice]:
+        """Return one block."""
+        return [slice(0, len(self.queries))]
+
+    def corpus_parts(self) -> list[slice]:
+        """Return one part."""
+        return [slice(0, len(self.prepared.rows))]
+
+    def native(self, block: slice) -> Native:
+        """Return a block of queries as the backend's own array."""
+        return self.engine.to_native(self.queries[block], self.space.dtype)
+
+    def packed(self, part: slice) -> Any:
+        """Return a part of the corpus in the backend's own form."""
+        return self.engine.prepare(self.engine.to_native(self.prepared.rows[part], self.space.dtype), self.space)
+
+    def unscaled(self, distances: Array) -> Array:
+        """Return the distances of the rows as they were given."""
+        form, result = self.space.form, distances.astype(np.float64)
+        with np.errstate(over="ignore", under="ignore"):
+            for _ in range(1 if form.finish is square_root else degree(form.accumulate)):
+                result /= self.scale
+            return result.astype(self.space.output)
+
+
+def _in_range(task: Task) -> Task:
+    """Return a task on rows so scaled that no square leaves the range of the dtype; as it is where that changes
+    nothing.
+
+    The power of two is chosen by some rows; if it is not exact for all, or the budget too small for the copies, the
+    task is left to the slower steps.
+    """
+    limit = int(np.finfo(task.space.dtype).maxexp) // 3
+    given = task.queries, task.prepared.rows
+    largest = max(float(np.abs(interchange.to_host(rows[:SAMPLE]).astype(task.space.dtype)).max()) for rows in given)
+    exponent = math.frexp(largest)[1]
+    n_bytes = sum(len(rows) for rows in given) * task.space.n_features * task.space.dtype.itemsize
+    is_needed = abs(exponent) > limit and 0 < largest < math.inf and not task.space.metric.unit_rows
+    if not is_needed or n_bytes > task.budget_left // 2:
+        return task
+    # A power of two above the range would be needed for the smallest numbers; a smaller one will do.
+    scale = math.ldexp(1.0, max(-3 * limit + 8, min(3 * limit - 8, -exponent)))
+    queries, corpus = (_times(rows, scale, 2.0**limit, task.space) for rows in given)
+    if queries is None or corpus is None:
+        return task
+    return _Scaled(task.engine, task.space, queries, _Corpus(corpus), task.budget_left - n_bytes, scale)
+
+
+def _times(rows: Any, scale: float, most: float, space: Space) -> Array | None:
+    """Return rows on the host multiplied by a power of two, None if that is not exact or one becomes too large."""
+    host, factor = interchange.to_host(rows), space.dtype.type(scale)
+    result: Array = np.empty(host.shape, space.dtype)
+    for part in slices(len(host), chunk_rows(space.n_features)):
+        with np.errstate(over="ignore", under="ignore"):
+            given = host[part].astype(space.dtype, copy=False)
+            np.multiply(given, factor, out=result[part])
+            # What is lifted keeps all its digits.
+            is_exact = scale > 1 or bool((result[part] / factor == given).all())
+        if not is_exact or not np.abs(result[part]).max() <= most:
+            return None
+    return result
+
+
+@dataclass(slots=True)
+class _Selected:
+    """Candidates of a block of queries, ascending by their float64 values, and what is known of all other rows."""
+
+    indices: Array
+    values: Floats
+    floor: Floats
+    bound: float = 0.0
+    form: str = ""
+
+
+def _select(task: Task, block: slice, step: int, parts: list[slice], count: int, values: Values) -> _Selected:
+    """Return the candidates of a block of queries from all parts of the corpus."""
+    n_queries = block.stop - block.start
+    best = _Selected(np.empty((n_queries, 0), np.int64), np.empty((n_queries, 0)), np.full(n_queries, np.inf))
+    for part in parts:
+        packed, n_rows = task.packed(part), part.stop - part.start
+        indices, floor = np.empty((n_queries, min(count, n_rows)), np.int64), np.full(n_queries, np.inf)
+        for some in slices(n_queries, step):
+            rows = slice(block.start + some.start, block.start + some.stop)
+            with limited_blas():
+                found = task.engine.candidates(
+                    task.native(rows), packed, indices.shape[1], task.space, task.budget_left
+                )
+            indices[some], best.form = task.engine.to_numpy(found.indices), found.form
+            if indices.shape[1] < n_rows:
+                floor[some] = found.floor
+                error = float((found.last - found.floor).max())
+                best.bound = max(best.bound, error if error >= 0 else math.inf)
+        indices += part.start
+        owners = np.repeat(np.arange(block.start, block.stop), indices.shape[1])
+        _merge(best, indices, values.approximate(owners, indices.ravel()).reshape(indices.shape), floor, count, values)
+    return best
+
+
+def _merge(best: _Selected, indices: Array, approximate: Floats, floor: Floats, count: int, values: Values) -> None:
+    """Take the candidates of one part of the corpus to those of the parts before it."""
+    indices = np.concatenate([best.indices, indices], axis=1)
+    approximate = np.concatenate([best.values, approximate], axis=1)
+    order = np.lexsort((indices, approximate))
+    indices, approximate = np.take_along_axis(indices, order, axis=1), np.take_along_axis(approximate, order, axis=1)
+    best.floor = np.minimum(best.floor, floor)
+    if indices.shape[1] > count:  # what is dropped here was left out as well
+        best.floor = np.minimum(best.floor, values.interval(approximate[:, count:])[0].min(axis=1))
+    best.indices, best.values = indices[:, :count], approximate[:, :count]
+
+
+def _prove(selected: _Selected, block: slice, k: int, values: Values) -> tuple[Array, Floats, Certificate]:
+    """Return the k nearest of a block of queries, their values in float64, and how they were proved."""
+    indices, approximate = selected.indices[:, :k].copy(), selected.values[:, :k].copy()
+    low, high = values.interval(selected.values)
+    # Both written so that NaN proves nothing.
+    is_whole = (high[:, k - 1] < selected.floor) & ~np.isnan(selected.values).any(axis=1)
+    is_apart = (high[:, : min(k, high.shape[1] - 1)] < low[:, 1 : k + 1]).all(axis=1)
+    n_candidates, n_settled = selected.indices.size, 0
+
+    def settle(rows: Array, lists: list[Array], of_lists: list[Floats]) -> int:
+        indices[rows], approximate[rows], n = values.first(rows + block.start, lists, of_lists, k)
+        return n
+
+    close = np.nonzero(is_whole & ~is_apart)[0]
+    if len(close):
+        near = low[close] <= high[close, k - 1 : k]
+        lists = [selected.indices[row][kept] for row, kept in zip(close, near, strict=True)]
+        of_lists = [selected.values[row][kept] for row, kept in zip(close, near, strict=True)]
+        n_settled += settle(close, lists, of_lists)
+    again = np.nonzero(~is_whole)[0]
+    for some in slices(len(again), min(WIDE_QUERIES, values.group)):
+        lists, of_lists = values.nearest(again[some] + block.start, k, selected.values[again[some], k - 1])
+        n_settled += settle(again[some], lists, of_lists)
+        n_candidates += sum(map(len, lists))
+    return indices, approximate, Certificate(selected.form, n_candidates, selected.bound, len(again), n_settled)
