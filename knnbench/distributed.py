@@ -5,8 +5,8 @@ of the whole corpus (`knnbench.api.search_block`); a tree of merges (`knnbench.o
 The merge is associative, commutative and idempotent, so that lost workers, retries and tasks that ran twice change no
 bit of the answer.
 
-Who computes must not matter either. On uint8, and with ``accuracy="exact"``, every own backend gives the same, and each
-worker takes the fastest of its machine. With ``"fast"`` floats the job names one backend, one level of vector
+Who computes must not matter either. On uint8 every own backend gives the same, and each worker takes the fastest of its
+machine. With floats, of which only ``accuracy="fast"`` is there, the job names one backend, one level of vector
 instructions that all workers have, one number of threads a task and one centre, for all tasks.
 
 Dask is loaded on use; ``pip install 'knnbench[distributed]'``.
@@ -82,7 +82,7 @@ class Job:
     n_features : int
     accuracy : {"fast", "exact"}
     backend : str
-        ``"auto"``: each worker takes its fastest, which may be for uint8 and ``"exact"`` only.
+        ``"auto"``: each worker takes its fastest, which may be for uint8 only.
     settings : dict of str to str
         Variables that each task holds: its number of threads, and the level of vector instructions.
     memory_budget : int
@@ -170,9 +170,9 @@ def knn(
 ) -> Neighbors:
     """Find the k nearest rows of a Dask corpus for each query, by looking at all of them, where they are.
 
-    The answer is that of `knnbench.knn`, and for uint8 and ``accuracy="exact"`` it is the same to the bit whatever the
-    chunks, the workers and what happens to them. With ``"fast"`` floats it is the same whoever computes which task, as
-    long as the chunks are the same.
+    The answer is that of `knnbench.knn`, and for uint8 it is the same to the bit whatever the chunks, the workers and
+    what happens to them. For floats it is the same whoever computes which task, as long as the chunks are the same;
+    ``accuracy="exact"`` is not there for them.
 
     Parameters
     ----------
@@ -187,8 +187,8 @@ def knn(
     metric, accuracy, check_finite
         As for `knnbench.knn`.
     backend : str
-        An own backend, or ``"auto"``: the fastest of each worker on uint8 and with ``accuracy="exact"``, and otherwise
-        the one that is estimated to be the fastest on this machine, for all workers.
+        An own backend, or ``"auto"``: the fastest of each worker on uint8, and for floats the one that is estimated to
+        be the fastest on this machine, for all workers.
     memory_budget : int, optional
         Bytes that a task may hold beyond its shard, its queries and its list; default ``$KNNBENCH_MEMORY_BUDGET`` of
         this process, else 1 GiB.
@@ -422,8 +422,8 @@ def _job(
     dtype, name = common_dtype(queries.dtype, corpus.dtype), get_metric(metric).name
     space = Space(get_metric(metric), dtype, corpus.shape[1])
     settings = {THREADS_VARIABLE: str(check_count("threads", threads))}
-    is_pinned = check_accuracy(accuracy) == "fast" and not space.is_integer
-    if accuracy == "exact" and not space.is_integer:
+    is_pinned = not space.is_integer
+    if check_accuracy(accuracy) == "exact" and is_pinned:
         raise UnsupportedError(f"a search on Dask {IS_FAST_ONLY}")
     if backend == "auto" and is_pinned:
         rows = max(corpus.chunks[0]), min(QUERY_ROWS, queries.shape[0])

@@ -298,6 +298,8 @@ def test_what_is_refused(rng):
         with pytest.raises(InvalidInputError) as caught:
             call()
         assert text in str(caught.value)
+    with pytest.raises(UnsupportedError, match="on Dask has accuracy='exact' for uint8 only"):
+        distributed.knn(queries, shards, K, accuracy="exact")
     with pytest.raises(UnsupportedError, match="total order"):
         distributed.knn(queries, shards, K, backend="scipy")
 
