@@ -12,6 +12,7 @@ from .api import Neighbors, Prepared, knn, pairwise, prepare
 from .backends import Status, backends
 from .errors import (
     BackendUnavailableError,
+    CheckpointError,
     DatasetError,
     InvalidInputError,
     KnnbenchError,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METRICS",
     "BackendUnavailableError",
+    "CheckpointError",
     "Choice",
     "DatasetError",
     "InvalidInputError",

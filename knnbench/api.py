@@ -1,20 +1,26 @@
 """`pairwise`, `knn` and `prepare`: the only place that validates, and that converts at the edge."""
 
 import operator
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
+import knnbench
 from knnbench import exact, interchange, selection
 from knnbench.backends import get_backend
 from knnbench.backends.base import Backend, Native, scan_rows
 from knnbench.blocking import block_shape, check_budget, require_memory, slices
+from knnbench.checkpoint import Checkpoint, Progress, RowDigest, digest_of
 from knnbench.dtypes import Array, common_dtype, computed_dtype
-from knnbench.errors import InvalidInputError, UnsupportedError
+from knnbench.errors import CheckpointError, InvalidInputError, UnsupportedError
 from knnbench.metrics import Metric, Space, get_metric
 from knnbench.ordering import merge_topk
 from knnbench.selection import Problem
+from knnbench.streams import MappedStream, Stream, as_stream, open_rows, read_ahead, touch
 from knnbench.threads import limited_blas
 
 __all__ = ["Accuracy", "Neighbors", "Prepared", "knn", "pairwise", "prepare"]
@@ -23,6 +29,20 @@ Accuracy = Literal["fast", "exact"]
 
 # What a corpus is prepared for by backend="auto", which does not know the calls to come.
 USUAL_QUERIES, USUAL_K = 1000, 10
+
+# Rows that stand for a corpus when it is centred or a backend is chosen, where not all are at hand.
+CENTRE_ROWS, USUAL_CORPUS = 1024, 100_000
+
+# What the packed form of a corpus takes with its copy, in sizes of the rows; what merging an answer takes, in its size.
+PACKED_COPIES, MERGED_COPIES = 2, 4
+
+IS_FAST_ONLY = (
+    "has accuracy='exact' for uint8 only; for floats pass an array, a numpy.memmap or the path of a .npy file to knn, "
+    "without a checkpoint, or use accuracy='fast'."
+)
+
+# Bytes of a block of a streamed corpus at the most: it is read while another is searched, and more gains nothing.
+STREAM_BYTES = 1 << 28
 
 
 class Neighbors(tuple[Any, Any]):
@@ -108,8 +128,8 @@ class Prepared:
         What the rows are stored in.
     shape : (int, int)
         ``(n_corpus, n_features)``.
-    rows : (n_corpus, n_features) array
-        The corpus as given.
+    rows : (n_corpus, n_features) array, or Stream
+        The corpus as given. What is not held in memory is read and packed block by block in each call.
     passed_over : dict of str to str
         With ``backend="auto"``: the backends that the choice passed over, and why.
     """
@@ -128,7 +148,7 @@ class Prepared:
         self.metric = metric.name
         self.accuracy = accuracy
         self.passed_over = passed_over
-        self.shape: tuple[int, int] = rows.shape
+        self.shape: tuple[int, int] = _shape_of(rows)
         self.dtype = computed_dtype(interchange.dtype_of(rows))
         self.rows = rows
         self._keep_bytes = keep_bytes  # what it may take beyond the rows to make later calls faster
@@ -142,7 +162,8 @@ class Prepared:
         return self._packed[dtype]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "rows": interchange.to_host(self.rows), "_packed": {}}
+        rows = self.rows if isinstance(self.rows, Stream) else interchange.to_host(self.rows)
+        return {**self.__dict__, "rows": rows, "_packed": {}}
 
     def __repr__(self) -> str:
         return (
@@ -207,11 +228,10 @@ def pairwise(
     if not interchange.on_device(task.queries):
         require_memory(shape[0] * row_bytes, f"a result of {shape[0]:,} x {shape[1]:,} distances")
     blocks, parts = task.query_blocks(row_bytes), task.corpus_parts()
-    if len(blocks) == len(parts) == 1:
+    if len(blocks) == len(parts) == 1 and not task.is_streamed:
         return task.answer(task.pairwise(blocks[0], task.packed(parts[0])))
     result: Array | None = None
-    for part in parts:
-        packed = task.packed(part)
+    for part, packed in task.packed_parts(parts):
         for block in blocks:
             found = task.engine.to_numpy(task.pairwise(block, packed))
             result = np.empty(shape, found.dtype) if result is None else result
@@ -229,25 +249,37 @@ def knn(
     accuracy: Accuracy | None = None,
     memory_budget: int | None = None,
     check_finite: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int | None], object] | None = None,
 ) -> Neighbors:
     """Find the k nearest rows of the corpus for each query, by looking at all of them.
 
     Neighbours are ordered by (distance, index): of equally distant rows the one with the smaller index comes
-    first. Nothing of the size n_queries x n_corpus is held.
+    first. Nothing of the size n_queries x n_corpus is held, and a corpus that lies on disk need not fit into memory.
 
     Parameters
     ----------
-    queries : (n_queries, n_features) array of real numbers
-    corpus : (n_corpus, n_features) array of real numbers, or Prepared
+    queries : (n_queries, n_features) array of real numbers, or what is read block by block
+    corpus : (n_corpus, n_features) array of real numbers, Prepared, or what is read block by block
+        Read block by block are a numpy.memmap, the path of a ``.npy`` file, a Dask array, a list of two-dimensional
+        arrays, or an iterable of them such as a generator: blocks of one dtype and width, in the order of their
+        rows. A thread reads the next block while one is searched.
     k : int
         ``1 <= k <= n_corpus``.
     metric, backend, memory_budget, check_finite
-        As for `pairwise`.
+        As for `pairwise`. Blocks are cut so that they fit the budget, packed; those of an iterable or a Dask array,
+        of which two are there at a time, count besides as they are given.
     accuracy : {"fast", "exact"}, optional
         That of a `Prepared` corpus, otherwise ``"fast"``: the backend's native arithmetic. ``"exact"``: the
         neighbours are those of exact arithmetic on the values, as they are in the dtype computed in, and float
         distances are within one unit in the last place. Own backends have it for every dtype and metric;
-        `Neighbors.certificate` tells how it was proved.
+        `Neighbors.certificate` tells how it was proved. Floats must then be in memory or in one file.
+    checkpoint : path_like, optional
+        A file that keeps what was found, written every 20 seconds or less often, and removed at the end. A search that
+        was killed goes on from it when it is started again with the same arguments; a corpus given as an iterator is
+        read from its beginning, and not searched again.
+    progress : callable, optional
+        Called with the rows searched and n_corpus (None if not known) after each block.
 
     Returns
     -------
@@ -257,7 +289,11 @@ def knn(
     Raises
     ------
     InvalidInputError, UnknownBackendError, BackendUnavailableError, UnsupportedError, OverBudgetError
-        As for `pairwise`; also for a k out of range, and for an accuracy that the backend does not give.
+        As for `pairwise`; also for a k out of range, for an accuracy that the backend does not give, and for a block
+        of another dtype or width than the first.
+    CheckpointError
+        If the checkpoint is damaged, is of another job or another corpus, or cannot be written at the start. When it
+        cannot be written later, the search warns and goes on.
 
     Examples
     --------
@@ -266,23 +302,122 @@ def knn(
     >>> distances, indices = knn(np.array([[1, 0]], np.uint8), corpus, k=3, metric="cityblock", backend="numpy")
     >>> distances, indices
     (array([[1, 1, 3]], dtype=int32), array([[0, 1, 2]]))
+
+    The same corpus in two blocks:
+
+    >>> knn(np.array([[1, 0]], np.uint8), iter([corpus[:3], corpus[3:]]), 3, "cityblock", backend="numpy").indices
+    array([[0, 1, 2]])
     """
+    streamed = as_stream(queries, "queries", as_rows)
+    if streamed is not None and not isinstance(streamed, MappedStream):
+        if checkpoint is not None:
+            raise InvalidInputError(
+                "checkpoint is given and queries come in blocks; expected queries as an array, a numpy.memmap or the "
+                "path of a .npy file."
+            )
+        budget = check_budget(memory_budget)
+        options: Any = {"backend": backend, "accuracy": accuracy, "memory_budget": budget, "check_finite": check_finite}
+        return _knn_in_groups(_groups(streamed, budget // 4), corpus, k, metric, progress, options)
+    queries = queries if streamed is None else streamed.rows
+    if not isinstance(corpus, Prepared):
+        corpus = as_corpus(corpus, whole=checkpoint is None and progress is None)
+    kept = None if checkpoint is None else Checkpoint(checkpoint)
+    if backend == "auto" and kept is not None and kept.header is not None:
+        backend = kept.header["job"].get("backend", backend)
     task = _enter(queries, corpus, check_count("k", k), metric, backend, accuracy, memory_budget, check_finite)
-    k = check_k(k, task.prepared.shape[0])
-    if task.accuracy == "exact" and not task.space.is_integer:
-        return task.neighbors(*exact.search(task, k))
+    k = check_k(k, task.prepared.shape[0]) if task.n_corpus is not None else k
+    if task.proves_floats:
+        task.unstream()
+        if kept is not None:
+            raise UnsupportedError(f"a checkpoint {IS_FAST_ONLY}")
+        found = task.neighbors(*exact.search(task, k))
+        if progress is not None:
+            progress(task.prepared.shape[0], task.prepared.shape[0])
+        return found
     blocks, parts = task.query_blocks(k * (task.space.ranked.itemsize + 8)), task.corpus_parts()
-    ranked: Any = None
-    indices: Any = None
-    if len(blocks) == len(parts) == 1:
+    ranked: Any
+    indices: Any
+    if len(blocks) == len(parts) == 1 and not task.is_streamed:
         ranked, indices = task.knn(blocks[0], task.packed(parts[0]), k)
+        if progress is not None:
+            progress(parts[0].stop, parts[0].stop)
     else:
-        for part in parts:
-            found = _search(task, blocks, part, min(k, part.stop - part.start))
-            ranked, indices = found if ranked is None else merge_topk((ranked, indices), found, k)
+        ranked, indices = _search(task, blocks, parts, k, progress, kept)
         ranked = task.engine.to_native(ranked, ranked.dtype)
+    if kept is not None:
+        kept.remove()
     certificate = exact.Certificate("integers", float(k)) if task.accuracy == "exact" else None
     return task.neighbors(task.engine.finish(ranked, task.space), indices, certificate)
+
+
+def search_block(
+    queries: Any,
+    block: Any,
+    k: int,
+    first: int,
+    metric: str,
+    *,
+    backend: str,
+    accuracy: Accuracy = "fast",
+    memory_budget: int | None = None,
+    check_finite: bool = True,
+    centre: Array | None = None,
+) -> tuple[Any, Any]:
+    """Find the k nearest rows in one block of a corpus: what `merge_topk` merges, and `finish_ranked` ends.
+
+    Parameters
+    ----------
+    queries, block : arrays, as for `knn`
+        Of dtypes that give the same for all blocks.
+    k : int
+        Fewer are found in a block of fewer rows.
+    first : int
+        Corpus index of the first row of the block.
+    metric, backend, accuracy, memory_budget, check_finite
+        As for `knn`.
+    centre : (n_features,) array, optional
+        A point amid the whole corpus, about which floats are centred: `centre_of` some of its rows.
+
+    Returns
+    -------
+    ranked : (n_queries, min(k, n_rows)) array
+        The values that neighbours are ordered by.
+    indices : (n_queries, min(k, n_rows)) array of int64
+        Of the whole corpus.
+
+    Examples
+    --------
+    >>> ranked, indices = search_block([[1.0]], [[3.0], [2.0]], 1, 100, "euclidean", backend="numpy")
+    >>> ranked, indices
+    (array([[1.]]), array([[101]]))
+    """
+    task = _enter(queries, block, check_count("k", k), metric, backend, accuracy, memory_budget, check_finite)
+    if task.proves_floats:
+        raise UnsupportedError(f"a search in blocks {IS_FAST_ONLY}")
+    task.centre = centre
+    k = min(k, task.prepared.shape[0])
+    ranked, indices = _search(
+        task, task.query_blocks(k * (task.space.ranked.itemsize + 8)), task.corpus_parts(), k, None, None
+    )
+    return ranked, indices + first
+
+
+def finish_ranked(ranked: Array, metric: str, dtype: Any, n_features: int, backend: str) -> Array:
+    """Return the distances of the values that `search_block` ranked, and `merge_topk` merged."""
+    engine, space = get_backend(backend), Space(get_metric(metric), np.dtype(dtype), n_features)
+    return engine.to_numpy(engine.finish(engine.to_native(ranked, ranked.dtype), space))
+
+
+def centre_of(rows: Array, space: Space) -> Array | None:
+    """Return the mean of some rows as the metric accumulates them, None for uint8, which needs no centre.
+
+    Of more than `CENTRE_ROWS`, as many stand for all.
+    """
+    if space.is_integer:
+        return None
+    sample = interchange.to_host(rows[:: -(-len(rows) // CENTRE_ROWS)]).astype(space.dtype, copy=False)
+    mean: Array = space.metric.prepare_rows(np, sample).mean(axis=0, dtype=np.float64)
+    return mean.astype(space.dtype)
 
 
 def prepare(corpus: Any, metric: str = "euclidean", *, backend: str = "auto", accuracy: Accuracy = "fast") -> Prepared:
@@ -293,7 +428,9 @@ def prepare(corpus: Any, metric: str = "euclidean", *, backend: str = "auto", ac
 
     Parameters
     ----------
-    corpus : (n_corpus, n_features) array of real numbers
+    corpus : (n_corpus, n_features) array of real numbers, or what `knn` reads block by block
+        A corpus on disk is packed if it is small beside the budget, and otherwise read in each call; so are a Dask
+        array and an iterable, which must not be an iterator that can be read only once.
     metric, backend, accuracy
         As for `knn`; calls with the result need not repeat them.
 
@@ -313,12 +450,13 @@ def prepare(corpus: Any, metric: str = "euclidean", *, backend: str = "auto", ac
     array([[2.]])
     """
     metric_record, checked = get_metric(metric), check_accuracy(accuracy)
-    rows = as_rows(corpus, "corpus")
+    rows = as_corpus(corpus, kept=True)
     prepared = _prepared(
         rows, metric_record, backend, checked, rows_dtype(rows), True, interchange.on_device(rows),
         n_queries=USUAL_QUERIES, k=USUAL_K, keep_bytes=check_budget(None) // 2,
     )  # fmt: skip
-    prepared.packed(prepared.dtype)
+    if not isinstance(rows, Stream):
+        prepared.packed(prepared.dtype)
     return prepared
 
 
@@ -341,6 +479,8 @@ def as_rows(array: Any, name: str) -> Any:
     InvalidInputError
         If it is not a two-dimensional array of real numbers with at least one row and one feature.
     """
+    if isinstance(array, str | os.PathLike):
+        array = open_rows(array, name)
     rows = array
     if not interchange.on_device(array):
         if np.ma.is_masked(array):
@@ -364,6 +504,41 @@ def as_rows(array: Any, name: str) -> Any:
             f"{name} has shape {shape}; expected (n_{name}, n_features) with at least one of each{hint}."
         )
     return rows
+
+
+def as_corpus(corpus: Any, *, whole: bool = True, kept: bool = False) -> Any:
+    """Return a corpus as rows, or as a `Stream` of them.
+
+    Parameters
+    ----------
+    corpus : array_like, or what `as_stream` takes
+    whole : bool
+        Whether an array in memory may be searched as a whole; otherwise it is a stream too.
+    kept : bool
+        Whether it is for many calls: then it must be readable more than once, and what is small is taken as rows.
+    """
+    stream = as_stream(corpus, "corpus", as_rows)
+    if stream is None:
+        rows = as_rows(corpus, "corpus")
+        return rows if whole or interchange.on_device(rows) else MappedStream(rows, "corpus")
+    computed_dtype(stream.dtype, "corpus")
+    if not kept:
+        return stream
+    if stream.is_once:
+        raise InvalidInputError(
+            f"corpus is a {type(corpus).__name__}, which can be read only once, and is prepared for many calls; "
+            f"expected an array, a list of blocks, a numpy.memmap, the path of a .npy file or a Dask array."
+        )
+    if isinstance(stream, MappedStream) and PACKED_COPIES * stream.rows.nbytes <= check_budget(None) // 2:
+        return stream.rows
+    if stream.n_rows is None:
+        stream.n_rows = sum(len(rows) for _, rows in stream.blocks(USUAL_CORPUS))
+    return stream
+
+
+def _shape_of(rows: Any) -> tuple[int, int]:
+    """Return the shape of rows or of a stream, with 0 rows if it does not tell."""
+    return (rows.n_rows or 0, rows.n_features) if isinstance(rows, Stream) else rows.shape
 
 
 def check_count(name: str, value: Any) -> int:
@@ -403,10 +578,40 @@ class _Task:
     accuracy: Accuracy
     is_resident: bool  # the corpus came prepared, so it is not held by this call
     budget: int
+    check_finite: bool = True
+    centre: Array | None = None  # of the whole corpus, where it is searched in parts
     budget_left: int = 0
 
     def __post_init__(self) -> None:
         self.budget_left = self.budget
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the corpus is read block by block."""
+        return isinstance(self.prepared.rows, Stream)
+
+    @property
+    def proves_floats(self) -> bool:
+        """Whether neighbours of floats are to be those of exact arithmetic."""
+        return self.accuracy == "exact" and not self.space.is_integer
+
+    def unstream(self) -> None:
+        """Take the rows of a file as an array; raise `UnsupportedError` for blocks, of which no array is a part."""
+        if not self.is_streamed:
+            return
+        given = self.prepared.rows
+        if not isinstance(given, MappedStream):
+            raise UnsupportedError(f"a corpus in blocks {IS_FAST_ONLY}")
+        _check_values(given.rows, "corpus", self.engine, self.space.metric, self.check_finite)
+        prepared = self.prepared
+        self.prepared = Prepared(
+            given.rows, self.space.metric, prepared.backend, prepared.accuracy, prepared.passed_over
+        )
+
+    @property
+    def n_corpus(self) -> int | None:
+        """Rows of the corpus, None if only its last block tells."""
+        return self.prepared.rows.n_rows if self.is_streamed else self.prepared.shape[0]
 
     @property
     def _crosses(self) -> bool:
@@ -416,14 +621,15 @@ class _Task:
     def query_blocks(self, answer_bytes: int) -> list[slice]:
         """Return the blocks of queries to be taken one by one, `answer_bytes` being a query's share of the answer.
 
-        There is one block unless queries must be copied: converted, or to a device. The copies, and the
-        answers that come back from the device, then take a quarter of the budget.
+        There is one block unless queries must be copied (converted, or to a device), or answers merged. The
+        copies, the answers that come back from a device, and those to be merged, take a quarter of the budget.
         """
         n_queries, n_features = self.queries.shape
-        fits = self.queries.dtype == self.space.dtype and self.queries.flags.c_contiguous if self._is_host else True
-        if fits and not (self._crosses and self._is_host):
+        fits = self._fits(self.queries) if self._is_host else True
+        row_bytes = 0 if fits and not (self._crosses and self._is_host) else n_features * self.space.dtype.itemsize
+        if not row_bytes and not self.is_streamed:
             return [slice(0, n_queries)]
-        row_bytes = n_features * self.space.dtype.itemsize + answer_bytes
+        row_bytes += answer_bytes * (MERGED_COPIES if self.is_streamed else 1)
         step, _ = block_shape(n_queries, 1, budget=self.budget // 4, per_pair=row_bytes, max_queries=n_queries)
         self.budget_left -= step * row_bytes
         return list(slices(n_queries, step))
@@ -432,15 +638,29 @@ class _Task:
         """Return the parts of the corpus to be searched one by one.
 
         There is one part unless the corpus must be copied to a device for this call and does not fit into
-        half of the budget there, with as much again for its packed form.
+        half of the budget there, with as much again for its packed form; or unless it is read block by block, when
+        the first part says how large a block is.
         """
         n_corpus, n_features = self.prepared.shape
-        if self.is_resident or not self._crosses or interchange.on_device(self.prepared.rows):
+        share = self.budget // 2
+        if self.is_streamed:
+            share //= 2  # a larger block gains less than a backend does by packing one for many queries
+            given, itemsize = self.prepared.rows, self.space.dtype.itemsize
+            is_view = isinstance(given, MappedStream) and self._fits(given.rows)
+            most = max(1, STREAM_BYTES // (n_features * itemsize))
+            n_corpus = min(given.n_rows or most, most)
+            # This block and the next, unless they are views; and what a backend, or a peer in float64, makes of one.
+            row_bytes = n_features * ((0 if is_view else 2 * itemsize) + max(2 * itemsize, 8))
+        elif self.is_resident or not self._crosses or interchange.on_device(self.prepared.rows):
             return [slice(0, n_corpus)]
-        row_bytes = 2 * n_features * self.space.dtype.itemsize
-        _, step = block_shape(1, n_corpus, budget=self.budget // 2, per_pair=row_bytes, max_corpus=n_corpus)
+        else:
+            row_bytes = PACKED_COPIES * n_features * self.space.dtype.itemsize
+        _, step = block_shape(1, n_corpus, budget=share, per_pair=row_bytes, max_corpus=n_corpus)
         self.budget_left -= step * row_bytes
         return list(slices(n_corpus, step))
+
+    def _fits(self, rows: Array) -> bool:
+        return rows.dtype == self.space.dtype and rows.flags.c_contiguous
 
     @property
     def _is_host(self) -> bool:
@@ -452,9 +672,72 @@ class _Task:
 
     def packed(self, part: slice) -> Any:
         """Return a part of the corpus in the backend's own form."""
-        if part == slice(0, self.prepared.shape[0]):
+        if part == slice(0, self.prepared.shape[0]) and self.centre is None:
             return self.prepared.packed(self.space.dtype)
-        return _pack(self.engine, self.prepared.rows[part], self.space)
+        return self._packed_rows(self.prepared.rows[part])
+
+    def _packed_rows(self, rows: Array) -> Any:
+        native = self.engine.to_native(rows, self.space.dtype)
+        if self.centre is None:
+            return self.engine.prepare(native, self.space)
+        return self.engine.prepare_about(native, self.centre, self.space)
+
+    def packed_parts(
+        self, parts: list[slice], skip: int = 0, seen: RowDigest | None = None, expected: bytes = b""
+    ) -> Iterator[tuple[slice, Any]]:
+        """Yield the parts of the corpus, from row `skip` on, in the backend's own form.
+
+        Parameters
+        ----------
+        parts : list of slice
+            From `corpus_parts`.
+        skip : int
+        seen, expected : RowDigest and bytes
+            Takes the rows in; and what it must give for those skipped.
+        """
+        if not self.is_streamed:
+            if self.centre is None and len(parts) > 1:
+                self.centre = centre_of(self.prepared.rows, self.space)
+            for part in parts:
+                yield part, self.packed(part)
+            return
+        stream = self.prepared.rows
+        if self.centre is None and isinstance(stream, MappedStream):
+            self.centre = centre_of(stream.rows, self.space)
+        step = parts[0].stop
+        reader = self._read(step, skip, seen, expected)
+        if stream.n_rows is None or stream.n_rows > step:  # or there is no other block to be read meanwhile
+            reader = read_ahead(reader)
+        with closing(reader) as blocks:
+            for start, rows in blocks:
+                part = slice(start, start + len(rows))
+                if self.centre is None:
+                    self.centre = centre_of(rows, self.space)
+                if seen is not None:
+                    seen.take(start, rows)
+                packed = self._packed_rows(rows)
+                del rows
+                yield part, packed
+                del packed
+
+    def _read(
+        self, step: int, skip: int, seen: RowDigest | None, expected: bytes
+    ) -> Generator[tuple[int, Array], None, None]:
+        """Yield the blocks of a streamed corpus, checked, converted and in memory."""
+        skipped = RowDigest(self.space.dtype)
+        at_start = True
+        for start, given in self.prepared.rows.blocks(step, skip, skipped.take):
+            if at_start:
+                _check_seen(skipped.value, expected, skip)
+                at_start = False
+            _check_values(given, "corpus", self.engine, self.space.metric, self.check_finite, start)
+            rows = np.ascontiguousarray(given, self.space.dtype)
+            if rows is given and start > skip:  # the first is not waited for twice
+                touch(rows)
+            yield start, rows
+            del given, rows
+        if at_start:
+            _check_seen(skipped.value, expected, skip)
 
     def pairwise(self, block: slice, packed: Any) -> Native:
         """Return the distances of a block of queries."""
@@ -501,10 +784,11 @@ def _enter(
         accuracy = corpus.accuracy if isinstance(corpus, Prepared) else "fast"
     accuracy = check_accuracy(accuracy)
     queries = as_rows(queries, "queries")
-    rows = corpus if isinstance(corpus, Prepared) else as_rows(corpus, "corpus")
-    if queries.shape[1] != rows.shape[1]:
+    rows = corpus if isinstance(corpus, Prepared | Stream) else as_rows(corpus, "corpus")
+    n_features = rows.n_features if isinstance(rows, Stream) else rows.shape[1]
+    if queries.shape[1] != n_features:
         raise InvalidInputError(
-            f"queries has {queries.shape[1]} features and corpus has {rows.shape[1]}; expected the same number."
+            f"queries has {queries.shape[1]} features and corpus has {n_features}; expected the same number."
         )
     corpus_dtype = rows.dtype if isinstance(rows, Prepared) else interchange.dtype_of(rows)
     dtype = common_dtype(interchange.dtype_of(queries), corpus_dtype)
@@ -521,7 +805,7 @@ def _enter(
         _check_supported(prepared.backend, engine, space, accuracy)
     _check_device(queries, "queries", prepared.backend, engine)
     _check_values(queries, "queries", engine, space.metric, check_finite)
-    return _Task(engine, space, queries, prepared, accuracy, isinstance(corpus, Prepared), budget)
+    return _Task(engine, space, queries, prepared, accuracy, isinstance(corpus, Prepared), budget, check_finite)
 
 
 def _prepared(
@@ -538,17 +822,19 @@ def _prepared(
     keep_bytes: int = 0,
 ) -> Prepared:
     """Choose a backend for checked rows that are computed in `dtype`, and look through their values."""
-    space = Space(metric, dtype, rows.shape[1])
+    n_rows, n_features = _shape_of(rows)
+    space = Space(metric, dtype, n_features)
     passed_over: dict[str, str] = {}
     if backend == "auto":
         op, data_on = "knn" if k else "pairwise", "device" if on_device else "host"
-        k = min(k, len(rows))
-        problem = Problem(op, n_queries, len(rows), space.n_features, k, metric.name, space.dtype.name, data_on)
+        n_rows = n_rows or USUAL_CORPUS
+        problem = Problem(op, n_queries, n_rows, n_features, min(k, n_rows), metric.name, space.dtype.name, data_on)
         backend, passed_over = selection.choose(problem, accuracy)
     engine = get_backend(backend)
     _check_supported(backend, engine, space, accuracy)
-    _check_device(rows, "corpus", backend, engine)
-    _check_values(rows, "corpus", engine, metric, check_finite)
+    if not isinstance(rows, Stream):  # whose blocks are looked through as they come
+        _check_device(rows, "corpus", backend, engine)
+        _check_values(rows, "corpus", engine, metric, check_finite)
     return Prepared(rows, metric, backend, accuracy, passed_over, keep_bytes=keep_bytes)
 
 
@@ -557,19 +843,103 @@ def _pack(engine: Backend, rows: Any, space: Space, keep_bytes: int = 0) -> Any:
     return engine.keep(prepared, space, keep_bytes) if keep_bytes else prepared
 
 
-def _search(task: _Task, blocks: list[slice], part: slice, k: int) -> tuple[Array, Array]:
-    """Return the k nearest in one part of the corpus, on the host, with indices of the whole corpus."""
+def _search(
+    task: _Task,
+    blocks: list[slice],
+    parts: list[slice],
+    k: int,
+    progress: Callable[[int, int | None], object] | None,
+    kept: Checkpoint | None,
+) -> tuple[Array, Array]:
+    """Return the k nearest, on the host, one part of the corpus after the other."""
+    so_far = kept.resume(_job(task, k)) if kept else None
+    seen = RowDigest(task.space.dtype, so_far.seen if so_far else b"") if kept else None
+    shape, held, done = (len(task.queries), k), 0, 0
     ranked: Array | None = None
-    indices = np.empty((len(task.queries), k), np.int64)
-    packed = task.packed(part)
-    for block in blocks:
-        values, columns = (task.engine.to_numpy(native) for native in task.knn(block, packed, k))
-        # Of the dtype that comes: a peer ranks by its own distances.
-        ranked = np.empty(indices.shape, values.dtype) if ranked is None else ranked
-        ranked[block], indices[block] = values, columns
+    indices: Array = np.empty(shape, np.int64)
+    if so_far is not None:
+        task.centre, done, held = so_far.centre, so_far.done, so_far.indices.shape[1]
+        ranked = np.empty(shape, so_far.ranked.dtype)
+        ranked[:, :held], indices[:, :held] = so_far.ranked, so_far.indices
+    for part, packed in task.packed_parts(parts, done, seen, so_far.seen if so_far else b""):
+        width = min(k, part.stop - part.start)
+        total = min(k, held + width)
+        for block in blocks:
+            values, columns = (task.engine.to_numpy(native) for native in task.knn(block, packed, width))
+            columns = columns + part.start
+            # Of the dtype that comes: a peer ranks by its own distances.
+            ranked = np.empty(shape, values.dtype) if ranked is None else ranked
+            if held:
+                values, columns = merge_topk((ranked[block, :held], indices[block, :held]), (values, columns), k)
+            ranked[block, :total], indices[block, :total] = values, columns
+        del packed
+        held, done = total, part.stop
+        assert ranked is not None
+        if kept is not None and seen is not None:
+            kept.save(Progress(done, ranked[:, :held], indices[:, :held], task.centre, seen.value))
+        if progress is not None:
+            progress(done, task.n_corpus)
+    if held < k:
+        check_k(k, done)
     assert ranked is not None
-    indices += part.start
     return ranked, indices
+
+
+def _job(task: _Task, k: int) -> dict[str, Any]:
+    """Return what a checkpoint must agree on."""
+    return {
+        "knnbench": knnbench.__version__,
+        "k": k,
+        "metric": task.space.metric.name,
+        "dtype": task.space.dtype.name,
+        "backend": task.prepared.backend,
+        "accuracy": task.prepared.accuracy,
+        "n_corpus": task.n_corpus,
+        "n_features": task.space.n_features,
+        "n_queries": len(task.queries),
+        "queries": digest_of(task.queries),
+    }
+
+
+def _check_seen(found: bytes, expected: bytes, n_rows: int) -> None:
+    """Raise `CheckpointError` if the rows passed over are not those that a checkpoint is of."""
+    if found != expected:
+        raise CheckpointError(
+            f"the checkpoint is of another corpus: its first {n_rows:,} rows differ; name another file, or remove it."
+        )
+
+
+def _groups(stream: Stream, room: int) -> Iterator[Array]:
+    """Yield the rows of a stream in arrays of at most `room` bytes, each as large as fits."""
+    step = max(1, room // (2 * stream.n_features * stream.dtype.itemsize))
+    held: list[Array] = []
+    n_held = 0
+    for _, rows in stream.blocks(step):
+        if n_held + len(rows) > step:
+            yield np.concatenate(held)
+            held, n_held = [], 0
+        held.append(rows)
+        n_held += len(rows)
+    if held:
+        yield np.concatenate(held)
+
+
+def _knn_in_groups(
+    groups: Iterable[Array],
+    corpus: Any,
+    k: int,
+    metric: str | None,
+    progress: Callable[[int, int | None], object] | None,
+    options: dict[str, Any],
+) -> Neighbors:
+    """Return the neighbours of queries that come in groups, for each of which the corpus is read."""
+    if not isinstance(corpus, Prepared):
+        corpus = as_corpus(corpus, whole=progress is None)
+    found = [knn(group, corpus, k, metric, progress=progress, **options) for group in groups]
+    if not found:
+        raise InvalidInputError("queries has no rows in its blocks; expected at least one.")
+    distances, indices = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    return Neighbors(distances, indices, backend=found[0].backend, passed_over=found[0].passed_over)
 
 
 def _check_agrees(prepared: Prepared, metric: str | None, backend: str) -> None:
@@ -600,7 +970,7 @@ def _check_device(rows: Any, name: str, backend: str, engine: Backend) -> None:
         )
 
 
-def _check_values(rows: Any, name: str, engine: Backend, metric: Metric, check_finite: bool) -> None:
+def _check_values(rows: Any, name: str, engine: Backend, metric: Metric, check_finite: bool, first: int = 0) -> None:
     """Raise `InvalidInputError` for the first row that is not finite, or lacks the direction that cosine needs."""
     if interchange.on_device(rows):
         native = engine.to_native(rows, rows_dtype(rows))
@@ -611,11 +981,11 @@ def _check_values(rows: Any, name: str, engine: Backend, metric: Metric, check_f
             found = scan_rows(np, rows, finite=check_finite, zero=metric.unit_rows, dtype=rows_dtype(rows))
     if found.not_finite is not None:
         raise InvalidInputError(
-            f"{name} row {found.not_finite} holds NaN or infinity; expected finite values (check_finite=False skips "
-            f"this check and leaves the results undefined)."
+            f"{name} row {first + found.not_finite} holds NaN or infinity; expected finite values (check_finite=False "
+            f"skips this check and leaves the results undefined)."
         )
     if found.all_zero is not None:
         raise InvalidInputError(
-            f"{name} row {found.all_zero} is all zeros and has no direction, which metric {metric.name!r} compares; "
-            f"drop such rows or use another metric."
+            f"{name} row {first + found.all_zero} is all zeros and has no direction, which metric {metric.name!r} "
+            f"compares; drop such rows or use another metric."
         )

@@ -30,6 +30,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(fastest)
     app.command()(calibrate)
     app.command()(regret)
+    app.command()(plan)
     app.add_typer(wisdom_app, name="wisdom")
 
 
@@ -120,6 +121,61 @@ def regret(
         figures = f"{row.geometric_mean:.3f}", f"{row.percentile_95:.2f}", f"{row.worst:.2f}", f"{row.best_share:.0%}"
         table.add_row(row.name, *figures)
     out.print(table)
+
+
+def _whole(text: str) -> int:
+    """Return a whole number, which may be written as 1e9 or 1_000_000."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.5
+    if value != int(value):
+        raise typer.BadParameter(f"{text!r} is no whole number; write 1000000 or 1e6.")
+    return int(text) if text.isdecimal() else int(value)
+
+
+def plan(
+    n_queries: Annotated[int, typer.Option(parser=_whole, metavar="N")],
+    n_corpus: Annotated[int, typer.Option(parser=_whole, metavar="N")],
+    n_features: Annotated[int, typer.Option(parser=_whole, metavar="N")],
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Neighbours of each query.")] = 10,
+    metric: Annotated[str, typer.Option()] = "euclidean",
+    dtype: Annotated[str, typer.Option(help="Of the data.")] = "float32",
+    accuracy: Annotated[str, typer.Option(help="fast or exact.")] = "fast",
+    backend: Annotated[str, typer.Option(help="That computes; auto takes the fastest by estimate.")] = "auto",
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Of each process; as many tasks run at a time.")] = 1,
+    network_rate: Annotated[float, typer.Option(help="Bytes a second between two workers.")] = 1.25e9,
+    scheduler: Annotated[str, typer.Option(help="Address of a Dask scheduler: measure its network.")] = "",
+    shard_rows: Annotated[int | None, typer.Option(parser=_whole, metavar="N", help="Instead of the best.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what a search on a cluster will take: time, memory of a worker, bytes moved, and the shards to choose.
+
+    Workers are taken to be like this machine, whose costs `knnbench calibrate` measures.
+    """
+    from knnbench import scaling
+
+    if scheduler:
+        try:
+            from distributed import Client
+
+            with Client(scheduler, set_as_default=False, timeout="10s") as client:
+                network_rate = scaling.network_rate(client)
+        except ImportError:
+            raise InvalidInputError("--scheduler needs Dask; pip install 'knnbench[distributed]'.") from None
+        except (OSError, ValueError) as error:
+            raise InvalidInputError(f"no Dask scheduler answers at {scheduler!r}: {error}") from None
+    found = scaling.plan(
+        n_queries=n_queries, n_corpus=n_corpus, n_features=n_features, k=k, metric=metric, dtype=dtype,
+        accuracy=accuracy, backend=backend, workers=workers, threads=threads, network_rate=network_rate,
+        shard_rows=shard_rows,
+    )  # fmt: skip
+    if as_json:
+        low, high = found.interval()
+        print(json.dumps(asdict(found) | {"seconds": found.seconds, "low_s": low, "high_s": high}))
+        return
+    out.print(str(found), markup=False, soft_wrap=True)
 
 
 @wisdom_app.command()

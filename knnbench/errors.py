@@ -8,6 +8,7 @@
     ├── UnsupportedError         (ValueError)    this backend lacks this metric, dtype, k or accuracy
     ├── InvalidInputError        (ValueError)    the arguments break a rule of the interface
     ├── OverBudgetError          (MemoryError)   the memory allowed, or left, cannot hold the answer
+    ├── CheckpointError          (RuntimeError)  a checkpoint is damaged, of another job or cannot be written
     ├── DatasetError             (RuntimeError)  a data set is absent, damaged or could not be fetched
     └── MissingLibraryError      (ImportError)   what was asked for needs an optional library that is not installed
 
@@ -16,6 +17,7 @@ Every text gives the value, what was expected and what to do about it.
 
 __all__ = [
     "BackendUnavailableError",
+    "CheckpointError",
     "DatasetError",
     "InvalidInputError",
     "KnnbenchError",
@@ -48,6 +50,10 @@ class InvalidInputError(KnnbenchError, ValueError):
 
 class OverBudgetError(KnnbenchError, MemoryError):
     """The memory allowed by the budget, or left on the machine, cannot hold the computation."""
+
+
+class CheckpointError(KnnbenchError, RuntimeError):
+    """A checkpoint is damaged, of another job, or cannot be written."""
 
 
 class DatasetError(KnnbenchError, RuntimeError):

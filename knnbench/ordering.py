@@ -9,12 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from knnbench.blocking import slices
 from knnbench.dtypes import Array
 
 __all__ = ["MISSING", "Selection", "merge_topk", "order_rows", "smallest_k"]
 
 MISSING = -1
 """Index of a column that holds no neighbour, in a list shorter than its width."""
+
+NOWHERE = np.iinfo(np.int64).max
+"""Index that stands for `MISSING` while lists are sorted: the last of equal values."""
+
+MERGED_ELEMENTS = 1 << 16
+"""Values that are merged together: their copies stay in the second-level cache."""
 
 DENSE = 1 / 8
 """Share of a block's values beyond which `Selection.update` selects within the block first."""
@@ -197,15 +204,49 @@ def merge_topk(first: tuple[Array, Array], second: tuple[Array, Array], k: int) 
     >>> merge_topk((np.array([[1.0, 4.0]]), np.array([[7, 2]])), (np.array([[1.0, 4.0]]), np.array([[3, 2]])), 3)
     (array([[1., 1., 4.]]), array([[3, 7, 2]]))
     """
-    values = np.concatenate([first[0], second[0]], axis=1)
-    indices = np.concatenate([first[1], second[1]], axis=1)
+    n_queries, total = len(first[0]), first[0].shape[1] + second[0].shape[1]
+    shape = n_queries, min(k, total)
+    values, indices = np.empty(shape, np.result_type(first[0], second[0])), np.empty(shape, np.int64)
+    for rows in slices(n_queries, max(1, MERGED_ELEMENTS // max(1, total))):
+        _merge_rows(*(array[rows] for array in (*first, *second, values, indices)))
+    return values, indices
+
+
+def _merge_rows(
+    values: Array, indices: Array, other_values: Array, other_indices: Array, out_values: Array, out_indices: Array
+) -> None:
+    """Merge some rows of two lists into `out_values` and `out_indices`."""
+    k = out_values.shape[1]
+    values = np.concatenate([values, other_values], axis=1)
+    indices = np.concatenate([indices, other_indices], axis=1)
+    absent = indices == MISSING
+    has_absent = absent.any()
+    if has_absent:
+        values[absent], indices[absent] = largest(values.dtype), NOWHERE
+    # Sorted lists are runs, which a stable sort of the values joins in linear time. What it leaves of equal values
+    # stands in the order of the lists: looked at again, with one column beyond the last, where that is wrong.
+    starts = values.shape[1] * np.arange(len(values))[:, None]
+    nearest = np.argsort(values, axis=1, kind="stable")[:, : k + 1] + starts
+    ordered, columns = values.ravel()[nearest], indices.ravel()[nearest]
+    wrong = (ordered[:, 1:] == ordered[:, :-1]) & (columns[:, 1:] <= columns[:, :-1])
+    if has_absent:
+        wrong &= (columns[:, 1:] != NOWHERE) | (columns[:, :-1] != NOWHERE)
+    wrong = wrong.any(axis=1)
+    if ordered.shape[1] > k:
+        wrong |= ordered[:, k] == ordered[:, k - 1]
+    out_values[...], out_indices[...] = ordered[:, :k], columns[:, :k]
+    again = np.flatnonzero(wrong)
+    if len(again):
+        ordered, columns = _each_once(values[again], indices[again])
+        out_values[again], out_indices[again] = ordered[:, :k], columns[:, :k]
+    out_indices[out_indices == NOWHERE] = MISSING
+
+
+def _each_once(values: Array, indices: Array) -> tuple[Array, Array]:
+    """Sort rows by (value, index), and put what repeats an index last, at `NOWHERE`."""
     by_index = np.argsort(indices, axis=1, kind="stable")
     values = np.take_along_axis(values, by_index, axis=1)
     indices = np.take_along_axis(indices, by_index, axis=1)
-    absent = indices == MISSING
-    absent[:, 1:] |= indices[:, 1:] == indices[:, :-1]
-    values[absent] = largest(values.dtype)
-    indices[absent] = np.iinfo(np.int64).max
-    values, indices = order_rows(np, values, indices)
-    indices[indices == np.iinfo(np.int64).max] = MISSING
-    return values[:, :k], indices[:, :k]
+    again = indices[:, 1:] == indices[:, :-1]
+    values[:, 1:][again], indices[:, 1:][again] = largest(values.dtype), NOWHERE
+    return order_rows(np, values, indices)

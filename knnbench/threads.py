@@ -7,10 +7,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from knnbench.errors import InvalidInputError
+from knnbench.settings import THREADS_VARIABLE, setting
 
 __all__ = ["THREADS_VARIABLE", "SharedSetting", "available_cpus", "limited_blas", "pinned_environment", "thread_count"]
-
-THREADS_VARIABLE = "KNNBENCH_THREADS"
 
 # Read by each library once, when it is loaded.
 POOL_VARIABLES = (
@@ -38,7 +37,7 @@ def thread_count() -> int:
     InvalidInputError
         If the variable is set to anything but a positive whole number.
     """
-    text = os.environ.get(THREADS_VARIABLE)
+    text = setting(THREADS_VARIABLE)
     if not text:
         return available_cpus()
     if not text.isdecimal() or int(text) < 1:
@@ -104,7 +103,7 @@ def limited_blas() -> Iterator[None]:
     Nothing is done without the variable, nor in a process that was started with `pinned_environment`: asking
     threadpoolctl which libraries are loaded costs milliseconds a call.
     """
-    threads = os.environ.get(THREADS_VARIABLE)
+    threads = setting(THREADS_VARIABLE)
     if not threads or all(os.environ.get(variable) == threads for variable in POOL_VARIABLES):
         yield
         return

@@ -1,7 +1,8 @@
 """Fixtures that every test shares.
 
 ``KNNBENCH_REQUIRE=numpy,numba`` names the backends that this run promises: for these, unavailable is a failure
-and not a skip. ``gpu-check``, ``cuda-simulator`` and ``chromium`` are promises that single test files look for.
+and not a skip. ``gpu-check``, ``cuda-simulator``, ``chromium`` and ``dask`` are promises that single test files look
+for.
 """
 
 import os
@@ -15,7 +16,7 @@ import pytest
 from knnbench.backends import backend_status, registry
 
 REQUIRE_VARIABLE = "KNNBENCH_REQUIRE"
-OTHER_PROMISES = frozenset({"gpu-check", "cuda-simulator", "chromium"})
+OTHER_PROMISES = frozenset({"gpu-check", "cuda-simulator", "chromium", "dask"})
 
 # The same examples in every run and no clock: a slow machine must not fail a test of arithmetic.
 hypothesis.settings.register_profile(

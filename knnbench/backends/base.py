@@ -2,8 +2,9 @@
 
 A class here is abstract or final: a backend implements what is abstract and overrides nothing, except
 that one with a better `Backend.linear_loss` or `Backend.candidates` may bring its own, and that one may tell more of
-itself for measuring: `Backend.operations`, `Backend.stopwatch`, `Backend.device_peak`. Which backends exist, and
-whether they work here, is the business of `knnbench.backends`.
+itself for measuring: `Backend.operations`, `Backend.stopwatch`, `Backend.device_peak`; or for sharing work:
+`Backend.prepare_about`, `Backend.levels`. Which backends exist, and whether they work here, is the business of
+`knnbench.backends`.
 """
 
 import math
@@ -163,6 +164,29 @@ class Backend(ABC):
     @abstractmethod
     def prepare(self, corpus: Native, space: Space) -> Any:
         """Return all that `pairwise` and `knn` can compute from a native corpus before they see queries."""
+
+    def prepare_about(self, corpus: Native, centre: Any, space: Space) -> Any:
+        """Return what `prepare` does, of floats that are centred about a given point instead of their own mean.
+
+        A part of a corpus is: its answers then do not depend on where the parts end. By default as `prepare` does, for
+        a backend that does not centre.
+
+        Parameters
+        ----------
+        corpus : (n, n_features) native array of `space.dtype`
+        centre : (n_features,) numpy array of `space.dtype`
+            Amid the rows as the metric accumulates them.
+        space : Space
+        """
+        return self.prepare(corpus, space)
+
+    def levels(self) -> tuple[str, ...]:
+        """Return the levels of vector instructions that it can compute at here, the best first.
+
+        By default none: its library chooses. They are values of `LEVEL_VARIABLE`, and floats may round otherwise at
+        another one.
+        """
+        return ()
 
     def keep(self, prepared: Any, space: Space, budget: int) -> Any:
         """Return what `prepare` gave in a form for many calls, with up to `budget` bytes more; by default as it is."""

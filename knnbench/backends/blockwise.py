@@ -140,6 +140,11 @@ class BlockSearch(Backend):
             has_centre = not space.is_integer and space.form.from_dot is not None
             return self._take(rows, self._mean(rows) if has_centre else None, space)
 
+    def prepare_about(self, corpus: Native, centre: Any, space: Space) -> BlockCorpus:
+        """Centre a corpus about a given point and take its norms."""
+        with self.settings():
+            return self._take(self._prepared_rows(corpus, space), self.to_native(centre, space.dtype), space)
+
     def pairwise(self, queries: Native, prepared: BlockCorpus, space: Space, budget: int) -> Native:
         """Return all distances."""
         xp, n_corpus = self.xp, len(prepared.rows)

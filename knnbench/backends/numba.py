@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,9 +15,11 @@ from knnbench.blocking import block_shape, chunk_rows, slices
 from knnbench.dtypes import Array
 from knnbench.kernels.cpu_linear import LinearKernels, Panels, linear_kernels
 from knnbench.kernels.cpu_rows import unit_rows
+from knnbench.kernels.cpu_simd import LEVELS, cpu_features, simd_level
 from knnbench.kernels.cpu_tiles import Filter, Packing, TileKernels, filter_of, list_room, tile_kernels
 from knnbench.metrics import Space
 from knnbench.ordering import merge_topk
+from knnbench.settings import LEVEL_VARIABLE, setting
 from knnbench.threads import thread_count
 
 from .base import Capabilities, HostBackend, LinearLoss, Native
@@ -70,6 +72,7 @@ class TileCorpus:
     rows: Array
     packing: Packing | None = None
     packed_for: TileKernels | None = None
+    about: Array | None = None  # the centre, where it is not that of these rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,6 +84,8 @@ class TileCorpus:
     @functools.cached_property
     def centre(self) -> Array:
         """A point amid the rows, by which they are centred."""
+        if self.about is not None:
+            return self.about
         sample = self.rows[:: max(1, len(self.rows) // CENTRE_ROWS)]
         mean: Array = sample.mean(axis=0, dtype=np.float64)
         return mean.astype(self.rows.dtype)
@@ -103,6 +108,17 @@ class NumbaBackend(HostBackend):
         parts = list(slices(len(corpus), chunk_rows(space.n_features)))
         run_tasks(lambda rows: unit_rows(corpus[rows], result[rows]), parts, thread_count())
         return TileCorpus(result)
+
+    def prepare_about(self, corpus: Native, centre: Any, space: Space) -> TileCorpus:
+        """Return the prepared rows, to be centred about a given point."""
+        return replace(self.prepare(corpus, space), about=centre)
+
+    def levels(self) -> tuple[str, ...]:
+        """Return $KNNBENCH_SIMD, or all levels that this CPU has and the operating system allows."""
+        best = simd_level()
+        if setting(LEVEL_VARIABLE):
+            return (best.name,)
+        return tuple(n for n, level in LEVELS.items() if not level.lacks(cpu_features()) and level.is_allowed())
 
     def keep(self, prepared: TileCorpus, space: Space, budget: int) -> TileCorpus:
         """Return the rows with panels of them all, packed for the kernels that most searches take."""

@@ -5,7 +5,6 @@ among equal values cannot be left to ``torch.topk``, which does not specify it: 
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +20,7 @@ from knnbench.blocking import chunk_rows, slices
 from knnbench.dtypes import Array
 from knnbench.errors import BackendUnavailableError
 from knnbench.metrics import METRICS, Space
+from knnbench.settings import setting
 from knnbench.threads import THREADS_VARIABLE, SharedSetting, thread_count
 
 from .base import LOSS_ELEMENTS, Backend, Capabilities, LinearLoss, Native, Scan
@@ -362,7 +362,7 @@ def plain_arithmetic(device: str) -> Iterator[None]:
 def switches(device: str) -> Iterator[None]:
     """Hold the switches that belong to the process."""
     threads = torch.get_num_threads()
-    wanted = thread_count() if os.environ.get(THREADS_VARIABLE) else threads
+    wanted = thread_count() if setting(THREADS_VARIABLE) else threads
     with full_precision(device):
         if wanted != threads:
             torch.set_num_threads(wanted)

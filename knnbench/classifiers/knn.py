@@ -7,12 +7,13 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import accuracy_score
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d, validate_data
 
-from knnbench.api import Accuracy, check_count, knn, prepare
+from knnbench.api import Accuracy, as_corpus, as_rows, check_count, knn, prepare
 from knnbench.blocking import check_budget
 from knnbench.dtypes import Array
 from knnbench.errors import InvalidInputError
+from knnbench.streams import Stream, as_stream
 
 __all__ = ["KNNClassifier"]
 
@@ -103,7 +104,9 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
         Parameters
         ----------
-        X : (n_samples, n_features) array_like of real numbers
+        X : (n_samples, n_features) array_like of real numbers, or what is read block by block
+            A numpy.memmap, the path of a ``.npy`` file, a Dask array or a list of blocks, as for `knnbench.knn`; if it
+            is large beside the memory budget it stays where it is, and each search reads it.
         y : (n_samples,) array_like
             Labels: numbers or strings.
 
@@ -124,9 +127,17 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         check_count("n_neighbors", self.n_neighbors)
         check_weights(self.weights)
         check_budget(self.memory_budget)
-        X, self.classes_, self._codes = training_data(self, X, y)
+        stream = as_stream(X, "corpus", as_rows)
+        rows = X if stream is None else as_corpus(stream, kept=True)
+        if isinstance(rows, Stream):
+            y = column_or_1d(y)
+            check_consistent_length(np.empty(rows.n_rows or 0), y)
+            X, self.n_features_in_ = rows, rows.n_features
+            self.classes_, self._codes = classes_and_codes(y)
+        else:
+            X, self.classes_, self._codes = training_data(self, rows, y)
         self.prepared_ = prepare(X, self.metric, backend=self.backend, accuracy=self.accuracy)
-        self.n_samples_fit_ = len(X)
+        self.n_samples_fit_ = self.prepared_.shape[0]
         return self
 
     def kneighbors(self, X: Any = None, n_neighbors: int | None = None, return_distance: bool = True) -> Any:
@@ -134,7 +145,7 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
         Parameters
         ----------
-        X : (n_queries, n_features) array_like of real numbers, optional
+        X : (n_queries, n_features) array_like of real numbers, or what is read block by block, optional
             Without it the training samples are the queries, and each is left out of its own neighbours;
             a duplicate of it stays.
         n_neighbors : int, optional
@@ -279,15 +290,22 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
                 f"n_neighbors={k} asks for more neighbours than the {self.n_samples_fit_} training samples; "
                 f"expected n_neighbors <= n_samples_fit_."
             )
-        queries = self.prepared_.rows if X is None else validate_data(self, X, reset=False)
-        distances, indices = knn(
+        distances, indices = self._neighbors(X, k + 1 if X is None else k)
+        return without_self(distances, indices) if X is None else (distances, indices)
+
+    def _neighbors(self, X: Any, k: int) -> tuple[Any, Any]:
+        """Return the k nearest training samples of X, or of every training sample with itself."""
+        queries = self.prepared_.rows if X is None else as_stream(X, "queries", as_rows)
+        if queries is None:
+            queries = validate_data(self, X, reset=False)
+        return knn(
             queries,
             self.prepared_,
-            k + 1 if X is None else k,
+            k,
             memory_budget=self.memory_budget,
-            check_finite=False,  # scikit-learn's validation has looked
+            # Of anything else scikit-learn's validation has looked at the values.
+            check_finite=isinstance(queries, Stream) or isinstance(self.prepared_.rows, Stream),
         )
-        return without_self(distances, indices) if X is None else (distances, indices)
 
     def _vote(self, distances: Array, indices: Array) -> Array:
         """Return the share of each class among the votes of neighbours, shape (n_queries, n_classes)."""
@@ -373,9 +391,14 @@ def training_data(estimator: Any, X: Any, y: Any) -> tuple[Array, Array, Array]:
         Class number of each sample.
     """
     X, y = validate_data(estimator, X, y)
+    return X, *classes_and_codes(y)
+
+
+def classes_and_codes(y: Array) -> tuple[Array, Array]:
+    """Return the sorted labels, and the class number of each sample."""
     check_classification_targets(y)
     classes, codes = np.unique(y, return_inverse=True)
-    return X, classes, codes.astype(np.int64, copy=False)
+    return classes, codes.astype(np.int64, copy=False)
 
 
 def check_weights(weights: Any) -> None:

@@ -10,7 +10,6 @@ what every CPU does, and what the tests hold the instruction against.
 
 import ctypes
 import functools
-import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from llvmlite import binding, ir
 from numba.core import cgutils as untyped_cgutils
 
 from knnbench.errors import InvalidInputError, UnsupportedError
+from knnbench.settings import LEVEL_VARIABLE, setting
 
 __all__ = [
     "BYTE",
@@ -48,8 +48,6 @@ __all__ = [
     "vectors_named",
     "vectors_of",
 ]
-
-LEVEL_VARIABLE = "KNNBENCH_SIMD"
 
 MATRIX_ROWS = 16
 """Rows of a tile of a matrix unit; each has the bytes of a vector."""
@@ -164,7 +162,7 @@ def simd_level() -> Level:
     UnsupportedError
         If this CPU lacks the level.
     """
-    name = os.environ.get(LEVEL_VARIABLE, "")
+    name = setting(LEVEL_VARIABLE)
     if not name:
         return next(level for level in LEVELS.values() if not level.lacks(cpu_features()) and level.is_allowed())
     if name not in LEVELS:

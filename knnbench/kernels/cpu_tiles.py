@@ -22,7 +22,6 @@ The naive form of all kernels is `knnbench.backends.python`.
 import functools
 import itertools
 import math
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +56,7 @@ from knnbench.kernels.cpu_simd import (
 )
 from knnbench.kernels.heap import keep_smallest, make_heap, sift_down, sort_heap
 from knnbench.metrics import METRICS, Space, add_absolute, add_product, add_square, keep_largest
+from knnbench.settings import setting
 
 __all__ = ["Filter", "Packing", "Plan", "TileKernels", "Workspace", "filter_of", "list_room", "plan_of", "tile_kernels"]
 
@@ -360,7 +360,7 @@ def tile_kernels(space: Space, *, filtered: bool = False) -> TileKernels:
     """
     form = space.form
     # All that follows from the space; found again in microseconds, which a small search takes itself.
-    key = form.accumulate, form.rank, space.dtype, space.accumulator, filtered, os.environ.get(LEVEL_VARIABLE)
+    key = form.accumulate, form.rank, space.dtype, space.accumulator, filtered, setting(LEVEL_VARIABLE)
     if key not in _chosen:
         level = simd_level()
         if level.has_matrix and not matrix_unit_is_exact(level):

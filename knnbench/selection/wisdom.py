@@ -130,7 +130,7 @@ class Wisdom:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.shipped_on, self.shipped = _shipped()
+        self.shipped_on, self.shipped_threads, self.shipped = _shipped()
         self.own = _Lines()
         if path is not None and path.exists():
             self._read(path)
@@ -177,6 +177,10 @@ class Wisdom:
         """Return the seconds that the first call of a process takes beyond those of any other."""
         every = [*self.shipped.samples.get(group, {}).values(), *self.samples(group)]
         return next((sample.start for sample in reversed(every) if sample.start), 0.0)
+
+    def threads(self, group: Group) -> int:
+        """Return the threads of the calls that the costs of a group are of."""
+        return thread_count() if self.samples(group) or group not in self.shipped.samples else self.shipped_threads
 
     def source(self, group: Group) -> str:
         """Return where the costs of a group come from."""
@@ -279,13 +283,14 @@ class _Lines:
 
 
 @functools.cache
-def _shipped() -> tuple[str, _Lines]:
-    """Return the CPU that the defaults were measured on, and the defaults."""
+def _shipped() -> tuple[str, int, _Lines]:
+    """Return the CPU that the defaults were measured on, with how many threads, and the defaults."""
     text = files("knnbench.selection").joinpath("defaults.jsonl").read_text(encoding="utf-8")
     header, *lines = text.splitlines()
     found = _Lines()
     found.take(lines)
-    return json.loads(header)["machine"]["cpu"], found
+    machine = json.loads(header)["machine"]
+    return machine["cpu"], machine["threads"], found
 
 
 def fit_line(group: Group, samples: list[Sample]) -> dict[str, Any]:

@@ -1,0 +1,490 @@
+"""A corpus that does not fit into memory: blocks, budgets, reading ahead."""
+
+import pickle
+import subprocess
+import sys
+import threading
+import weakref
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from knnbench import InvalidInputError, KNNClassifier, OverBudgetError, UnsupportedError, api, knn, pairwise, prepare
+from knnbench.api import as_rows, finish_ranked, search_block
+from knnbench.backends import backend_status, registry
+from knnbench.ordering import merge_topk
+from knnbench.settings import held, setting
+from knnbench.streams import MappedStream, as_stream, read_ahead
+from knnbench.threads import thread_count
+
+from ._checks import assert_identical
+from .conftest import as_parameter, available
+
+N_QUERIES, N_CORPUS, N_FEATURES, K = 23, 611, 12, 7
+
+
+def make(rng, dtype, n_corpus=N_CORPUS):
+    """Return queries and a corpus with many ties, without a row of zeros."""
+    queries, corpus = (rng.integers(0, 5, (n, N_FEATURES)) for n in (N_QUERIES, n_corpus))
+    queries[:, 0], corpus[:, 0] = 1, rng.integers(1, 3, n_corpus)
+    return queries.astype(dtype), corpus.astype(dtype)
+
+
+def assert_same(answer, expected):
+    assert_identical(answer.distances, expected.distances)
+    assert_identical(answer.indices, expected.indices)
+
+
+def cut(corpus, lengths):
+    return np.split(corpus, np.cumsum(lengths)[:-1])
+
+
+# ---- what a corpus may be
+
+
+def as_memmap(corpus, path):
+    np.save(path, corpus)
+    return np.load(path, mmap_mode="r")
+
+
+def as_path(corpus, path):
+    np.save(path, corpus)
+    return path
+
+
+def as_raw_memmap(corpus, path):
+    path = path.with_suffix(".raw")
+    (corpus if corpus.flags.c_contiguous else np.ascontiguousarray(corpus)).tofile(path)
+    return np.memmap(path, corpus.dtype, "r", shape=corpus.shape)
+
+
+def as_dask(corpus, path):
+    return pytest.importorskip("dask.array").from_array(corpus, chunks=(100, 5))
+
+
+SEVEN = (1, 200, 3, 150, 250, 2, 5)
+
+KINDS = {
+    "memmap": as_memmap,
+    "path": as_path,
+    "text": lambda corpus, path: str(as_path(corpus, path)),
+    "raw memmap": as_raw_memmap,
+    "memmap by columns": lambda corpus, path: as_memmap(np.asfortranarray(corpus), path),
+    "slice of a memmap": lambda corpus, path: as_memmap(np.repeat(corpus, 2, axis=0), path)[::2],
+    "dask": as_dask,
+    "one block": lambda corpus, path: [corpus],
+    "seven blocks": lambda corpus, path: cut(corpus, SEVEN),
+    "tuple": lambda corpus, path: tuple(cut(corpus, SEVEN)),
+    "generator": lambda corpus, path: (block for block in cut(corpus, SEVEN)),
+    "iterator": lambda corpus, path: iter(cut(corpus, SEVEN)),
+    "empty blocks": lambda corpus, path: [corpus[:0], corpus[:9], corpus[:0], corpus[9:], corpus[:0]],
+    "lists": lambda corpus, path: iter([corpus[:5].tolist(), corpus[5:].tolist()]),
+}
+
+
+@pytest.mark.parametrize("budget", [None, 90_000])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_every_kind_of_corpus_gives_what_an_array_gives(kind, dtype, budget, rng, tmp_path):
+    if kind == "lists" and dtype == "float32":
+        dtype = "float64"
+    queries, corpus = make(rng, dtype)
+    given_corpus = corpus.astype(np.float64) if kind == "lists" else corpus
+    expected = knn(queries, given_corpus, K, backend="numba")
+    calls = []
+    answer = knn(
+        queries, KINDS[kind](given_corpus, tmp_path / "corpus.npy"), K, backend="numba", memory_budget=budget,
+        progress=lambda done, of: calls.append((done, of)),
+    )  # fmt: skip
+    assert_same(answer, expected)
+    known = N_CORPUS if kind not in ("generator", "iterator", "lists") else None
+    assert calls[-1] == (N_CORPUS, known)
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    if budget:
+        assert len(calls) > 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lists"])
+def test_every_kind_of_queries(kind, rng, tmp_path):
+    queries, corpus = make(rng, "uint8")
+    corpus, queries = queries, corpus  # as many as the kinds above
+    expected = knn(queries, corpus, K, "cityblock", backend="numba")
+    for rows in (corpus, cut(corpus, (3, 20)), as_memmap(corpus, tmp_path / "c.npy"), prepare(corpus, "cityblock")):
+        given_queries = KINDS[kind](queries, tmp_path / "queries.npy")
+        for budget in (None, 60_000):
+            if budget and kind in ("generator", "iterator"):
+                given_queries = KINDS[kind](queries, tmp_path / "queries.npy")
+            assert_same(knn(given_queries, rows, K, "cityblock", memory_budget=budget), expected)
+
+
+@pytest.mark.parametrize("backend", [as_parameter(name) for name in registry()])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "chebyshev"])
+@pytest.mark.parametrize("dtype", ["uint8", "float64"])
+def test_every_backend_searches_in_blocks(backend, metric, dtype, rng):
+    available(backend)
+    capabilities = backend_status(backend).capabilities
+    if dtype not in capabilities.dtypes or metric not in capabilities.metrics:
+        pytest.skip(f"{backend} lacks it")
+    queries, corpus = make(rng, dtype, 60)
+    whole, blocks = knn(queries, corpus, K, metric, backend=backend), cut(corpus, (3, 40, 17))
+    answer = knn(queries, blocks, K, metric, backend=backend)
+    if capabilities.total_order:
+        assert_same(answer, whole)
+    else:  # of other shapes a library's product may round otherwise
+        np.testing.assert_allclose(answer.distances, whole.distances, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [">f8", "float16", "int16", "bool"])
+def test_blocks_are_converted_as_arrays_are(dtype, rng, tmp_path):
+    queries, corpus = make(rng, dtype)
+    expected = knn(queries, corpus, K, backend="numba")
+    for kind in ("memmap", "seven blocks", "memmap by columns"):
+        rows = KINDS[kind](corpus, tmp_path / "c.npy")
+        assert_same(knn(queries, rows, K, backend="numba", memory_budget=200_000), expected)
+
+
+def test_queries_of_another_dtype_meet_the_blocks_where_arrays_meet(rng):
+    queries, corpus = make(rng, "uint8")
+    answer = knn(queries.astype(np.float32), cut(corpus, SEVEN), K, backend="numba")
+    assert_same(answer, knn(queries.astype(np.float32), corpus, K, backend="numba"))
+    assert answer.distances.dtype == np.float32
+
+
+def test_auto_chooses_for_blocks(rng):
+    queries, corpus = make(rng, "uint8")
+    answer = knn(queries, iter(cut(corpus, SEVEN)), K)
+    assert answer.backend in registry()
+    assert_same(answer, knn(queries, corpus, K))
+
+
+def test_exact_neighbours(rng, tmp_path):
+    queries, corpus = make(rng, "uint8")
+    answer = knn(queries, iter(cut(corpus, SEVEN)), K, accuracy="exact")
+    assert_same(answer, knn(queries, corpus, K, accuracy="exact"))
+    assert answer.certificate.filter == "integers"
+    queries, corpus = make(rng, "float32")
+    expected = knn(queries, corpus, K, backend="numpy", accuracy="exact")
+    for rows in (as_path(corpus, tmp_path / "c.npy"), as_memmap(corpus, tmp_path / "c.npy")):
+        assert_same(knn(queries, rows, K, backend="numpy", accuracy="exact"), expected)
+    options = {"backend": "numpy", "accuracy": "exact"}
+    for call in (
+        lambda: knn(queries, cut(corpus, SEVEN), K, **options),
+        lambda: knn(queries, corpus, K, checkpoint=tmp_path / "job", **options),
+        lambda: search_block(queries, corpus, K, 0, "euclidean", **options),
+    ):
+        refused(call, "accuracy='exact' for uint8 only", error=UnsupportedError)
+    assert not (tmp_path / "job").exists()
+
+
+# ---- the core: blocks in any order, any number of times
+
+
+@st.composite
+def shards(draw):
+    """Cuts of a corpus, an order of its blocks in which some come again, and a tree of merges."""
+    n_corpus, dtype = draw(st.integers(1, 40)), draw(st.sampled_from(["uint8", "float32"]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    queries, corpus = rng.integers(0, 4, (3, 6)).astype(dtype), rng.integers(0, 4, (n_corpus, 6)).astype(dtype)
+    ends = sorted(draw(st.sets(st.integers(1, n_corpus - 1), max_size=7))) if n_corpus > 1 else []
+    parts = list(zip([0, *ends], [*ends, n_corpus], strict=True))
+    order = draw(st.permutations([*parts, *draw(st.lists(st.sampled_from(parts), max_size=4))]))
+    return queries, corpus, order, draw(st.integers(1, n_corpus)), draw(st.randoms(use_true_random=False))
+
+
+@settings(max_examples=150)
+@given(shards(), st.sampled_from(["cityblock", "euclidean"]))
+def test_any_order_any_duplicates_and_any_tree_give_the_same_bits(drawn, metric):
+    queries, corpus, order, k, random = drawn
+    expected = knn(queries, corpus, k, metric, backend="numpy")
+    lists = [search_block(queries, corpus[a:b], k, a, metric, backend="numpy") for a, b in order]
+    while len(lists) > 1:
+        first, second = (lists.pop(random.randrange(len(lists))) for _ in range(2))
+        lists.append(merge_topk(first, second, k))
+    ((ranked, indices),) = lists
+    assert_identical(indices[:, :k], expected.indices)
+    dtype = corpus.dtype
+    assert_identical(finish_ranked(ranked[:, :k], metric, dtype, 6, "numpy"), expected.distances)
+
+
+def test_a_centre_given_is_that_of_all_blocks(own_backend, rng):
+    # Far from the origin, where a block's own mean and another's would filter differently.
+    corpus = (rng.normal(size=(60, 40)) + 1e4).astype(np.float32)
+    queries, centre = corpus[:5] + np.float32(0.5), corpus.mean(axis=0)
+    answers = [search_block(queries, corpus, 3, 0, "euclidean", backend=own_backend, centre=c) for c in (centre, None)]
+    assert_identical(answers[0][1], answers[1][1])
+    found = get_centre(own_backend, corpus, centre)
+    assert found is None or np.array_equal(found, centre)
+
+
+def get_centre(name, corpus, centre):
+    from knnbench.backends import get_backend
+    from knnbench.metrics import Space, get_metric
+
+    backend = get_backend(name)
+    space = Space(get_metric("euclidean"), corpus.dtype, corpus.shape[1])
+    prepared = backend.prepare_about(backend.to_native(corpus, corpus.dtype), centre, space)
+    found = getattr(prepared, "centre", None)
+    return None if found is None else backend.to_numpy(found)
+
+
+# ---- what is refused
+
+
+def refused(call, *texts, error=InvalidInputError):
+    with pytest.raises(error) as caught:
+        call()
+    for text in texts:
+        assert text in str(caught.value), str(caught.value)
+
+
+def test_blocks_that_differ_are_named(rng):
+    queries, corpus = make(rng, "uint8")
+    for blocks in ([corpus[:5], corpus[5:9].astype(np.float32)], iter([corpus[:5], corpus[5:9].astype(np.float32)])):
+        refused(lambda blocks=blocks: knn(queries, blocks, 2), "corpus block 1", "float32", "block 0", "uint8")
+    refused(lambda: knn(queries, [corpus[:5], corpus[5:9, :-1]], 2), "corpus block 1", "11 features", "block 0", "12")
+    refused(lambda: knn([queries[:5], queries[5:].astype(float)], corpus, 2), "queries block 1", "float64")
+    refused(lambda: knn(queries, iter([corpus, corpus[0]]), 2), "corpus block 1", "shape (12,)")
+    refused(lambda: knn(queries, iter([corpus, "x"]), 2), "corpus block 1")
+    refused(lambda: knn(queries, iter([]), 2), "corpus", "without a block")
+    refused(lambda: knn(queries, iter([corpus[:0]]), 2), "k=2 exceeds n_corpus=0")
+    refused(lambda: knn(queries[:, :3], iter([corpus]), 2), "3 features", "12")
+
+
+def test_a_row_is_named_by_its_place_in_the_corpus(rng, tmp_path):
+    queries, corpus = make(rng, "float32")
+    corpus[402, 3] = np.nan
+    for given_corpus in (cut(corpus, SEVEN), as_memmap(corpus, tmp_path / "c.npy"), iter(cut(corpus, SEVEN))):
+        refused(lambda c=given_corpus: knn(queries, c, 2, memory_budget=90_000), "corpus row 402 holds NaN")
+    corpus[402] = 0
+    refused(lambda: knn(queries, cut(corpus, SEVEN), 2, "cosine"), "corpus row 402 is all zeros")
+
+
+def test_more_neighbours_than_rows(rng):
+    queries, corpus = make(rng, "uint8", 20)
+    refused(lambda: knn(queries, iter([corpus[:15], corpus[15:]]), 21), "k=21 exceeds n_corpus=20")
+    refused(lambda: knn(queries, [corpus[:15], corpus[15:]], 21), "k=21 exceeds n_corpus=20")
+    assert knn(queries, iter([corpus[:15], corpus[15:]]), 20).indices.shape == (N_QUERIES, 20)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [("nothing.npy", "No such file"), ("corpus.csv", "ends in .npy"), ("bad.npy", "cannot be read"), ("o.npy", "read")],
+)
+def test_files_that_hold_no_rows(path, text, tmp_path, rng):
+    (tmp_path / "bad.npy").write_text("not numpy's")
+    np.save(tmp_path / "o.npy", np.array([[object()]], object), allow_pickle=True)
+    queries, _ = make(rng, "uint8")
+    refused(lambda: knn(queries, tmp_path / path, 1), "corpus", text)
+    refused(lambda: knn(str(tmp_path / path), queries, 1), "queries", text)
+
+
+def test_an_iterator_is_not_read_twice(rng):
+    queries, corpus = make(rng, "uint8")
+    refused(lambda: prepare(iter([corpus])), "list_iterator", "read only once")
+    refused(lambda: KNNClassifier().fit(iter([corpus]), np.zeros(N_CORPUS)), "read only once")
+    many = [np.repeat(queries, 40, axis=0)] * 3
+    refused(lambda: knn(many, iter([corpus]), 2, memory_budget=60_000), "corpus is an iterator", "needed again")
+
+
+def test_a_budget_that_holds_nothing(rng, tmp_path):
+    queries, corpus = make(rng, "uint8")
+    refused(lambda: knn(queries, as_memmap(corpus, tmp_path / "c.npy"), 2, memory_budget=50), error=OverBudgetError)
+
+
+def test_an_error_of_the_iterable_reaches_the_caller(rng):
+    queries, corpus = make(rng, "uint8")
+
+    def blocks():
+        yield corpus
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        knn(queries, blocks(), 2)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("knnbench-read")]
+
+
+# ---- reading ahead
+
+
+def test_the_next_block_is_read_while_one_is_searched():
+    asked = threading.Event()
+
+    def items():
+        yield 0
+        asked.set()
+        yield 1
+
+    reader = read_ahead(items())
+    assert next(reader) == 0
+    assert asked.wait(10)  # though nobody has asked for it
+    assert list(reader) == [1]
+
+
+def test_two_items_are_held_at_the_most():
+    class Item:
+        def __init__(self):
+            alive.add(self)
+            counts.append(len(alive))
+
+    def items():
+        for _ in range(50):
+            yield Item()
+
+    alive, counts = weakref.WeakSet(), []
+    for item in read_ahead(items()):
+        del item
+    assert max(counts) <= 2
+
+
+def test_a_reader_that_is_left_ends():
+    closed = threading.Event()
+
+    def items():
+        try:
+            yield from range(1000)
+        finally:
+            closed.set()
+
+    reader = read_ahead(items())
+    next(reader)
+    reader.close()
+    assert closed.is_set()
+
+
+def test_what_is_no_stream():
+    for array in ([[1.0]], np.ones((2, 2)), "x", {"a": 1}, {1.0}, range(3), b"xy", [], (), None, 3.0, [1.0], object()):
+        if isinstance(array, str):
+            refused(lambda array=array: as_stream(array, "corpus", as_rows), "ends in .npy")
+        else:
+            assert as_stream(array, "corpus", as_rows) is None
+
+
+# ---- preparing, and the classifier
+
+
+@pytest.mark.parametrize("kind", ["memmap", "path", "dask", "seven blocks"])
+def test_a_prepared_corpus_on_disk(kind, rng, tmp_path, monkeypatch):
+    queries, corpus = make(rng, "float32")
+    expected, matrix = knn(queries, corpus, K, backend="numba"), pairwise(queries, corpus, backend="numba")
+    monkeypatch.setenv("KNNBENCH_MEMORY_BUDGET", "100000")
+    prepared = prepare(KINDS[kind](corpus, tmp_path / "c.npy"), backend="numba")
+    assert prepared.shape == corpus.shape
+    for _ in range(2):
+        assert_same(knn(queries, prepared, K), expected)
+    assert_identical(pairwise(queries, prepared), matrix)
+    restored = pickle.loads(pickle.dumps(prepared))
+    assert_same(knn(queries, restored, K), expected)
+
+
+def test_a_small_file_is_packed_once(rng, tmp_path):
+    _, corpus = make(rng, "uint8")
+    assert isinstance(prepare(as_memmap(corpus, tmp_path / "c.npy")).rows, np.ndarray)
+    assert isinstance(api.as_corpus(as_memmap(corpus, tmp_path / "c.npy")), MappedStream)
+
+
+def test_an_iterable_without_a_length_is_counted_when_it_is_prepared(rng):
+    queries, corpus = make(rng, "uint8")
+
+    class Blocks:
+        def __iter__(self):
+            yield from cut(corpus, SEVEN)
+
+    prepared = prepare(Blocks())
+    assert prepared.shape == corpus.shape
+    assert_same(knn(queries, prepared, K), knn(queries, corpus, K))
+
+
+@pytest.mark.parametrize("kind", ["memmap", "path", "dask", "seven blocks"])
+def test_the_classifier_takes_what_lies_on_disk(kind, rng, tmp_path, monkeypatch):
+    queries, corpus = make(rng, "uint8")
+    labels = np.array(["a", "b", "c"])[corpus[:, 1] % 3]
+    whole = KNNClassifier(5).fit(corpus, labels)
+    monkeypatch.setenv("KNNBENCH_MEMORY_BUDGET", "100000")
+    classifier = KNNClassifier(5).fit(KINDS[kind](corpus, tmp_path / "c.npy"), labels)
+    assert classifier.n_features_in_ == N_FEATURES
+    assert classifier.n_samples_fit_ == N_CORPUS
+    for given_queries in (queries, KINDS[kind](queries, tmp_path / "q.npy") if kind != "seven blocks" else [queries]):
+        np.testing.assert_array_equal(classifier.predict(given_queries), whole.predict(queries))
+    np.testing.assert_array_equal(classifier.kneighbors()[1], whole.kneighbors()[1])
+    assert classifier.score_k() == whole.score_k()
+    with pytest.raises(ValueError, match="inconsistent"):
+        KNNClassifier(5).fit(KINDS[kind](corpus, tmp_path / "c.npy"), labels[:-1])
+
+
+# ---- memory
+
+MEASURED = """
+import sys
+from pathlib import Path
+import numpy as np
+from knnbench import knn
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+path, kind, budget, backend = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+corpus = np.load(path, mmap_mode="r")
+rng = np.random.default_rng(0)
+queries = rng.integers(0, 256, (300, corpus.shape[1])).astype(np.float32 if kind == "float32" else corpus.dtype)
+knn(queries[:5], corpus[:100], 10, backend=backend, memory_budget=budget)  # compiles
+before, peak, stop = anonymous(), 0, False
+
+import threading
+def watch():
+    global peak
+    while not stop:
+        peak = max(peak, anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+given = corpus if kind != "blocks" else (corpus[i : i + 500] for i in range(0, len(corpus), 500))
+answer = knn(queries, given, 10, backend=backend, memory_budget=budget)
+stop = True
+watcher.join()
+print(peak - before, answer.distances.nbytes + answer.indices.nbytes, corpus.nbytes, int(answer.indices.sum()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's account of anonymous memory")
+@pytest.mark.parametrize(("kind", "backend"), [("memmap", "numba"), ("float32", "numba"), ("blocks", "numpy")])
+def test_memory_stays_within_the_budget_on_a_corpus_ten_times_as_large(kind, backend, rng, tmp_path):
+    budget = 8 << 20
+    corpus = rng.integers(0, 256, (10 * budget // 512, 512), dtype=np.uint8)
+    np.save(tmp_path / "c.npy", corpus)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(tmp_path / "c.npy"), kind, str(budget), backend],
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    used, outputs, size, _ = map(int, run.stdout.split())
+    assert size >= 10 * budget
+    # What Python and the allocator round up to counts as well.
+    assert used <= budget + outputs + (2 << 20), f"{used:,} bytes with a budget of {budget:,}"
+
+
+# ---- settings that a job holds
+
+
+def test_a_setting_is_held_in_its_own_thread_only(monkeypatch):
+    monkeypatch.setenv("KNNBENCH_THREADS", "2")
+    seen = []
+    with held({"KNNBENCH_THREADS": "5"}):
+        assert thread_count() == 5
+        with held({"KNNBENCH_SIMD": "generic"}):
+            assert (setting("KNNBENCH_THREADS"), setting("KNNBENCH_SIMD")) == ("5", "generic")
+        other = threading.Thread(target=lambda: seen.append(thread_count()))
+        other.start()
+        other.join()
+    assert seen == [2]
+    assert thread_count() == 2
+
+
+def test_the_level_of_vector_instructions_is_held():
+    from knnbench.kernels.cpu_simd import simd_level
+
+    with held({"KNNBENCH_SIMD": "generic"}):
+        assert simd_level().name == "generic"
+    assert simd_level().name != "generic" or not setting("KNNBENCH_SIMD")
