@@ -45,11 +45,15 @@ def assert_same(answer, expected):
     assert_identical(np.asarray(answer.indices), expected.indices)
 
 
+# Otherwise a cluster leaves variables in this process that hold OpenBLAS at one thread from the next fork on.
+SETTINGS = {"distributed.worker.daemon": True, "distributed.nanny.pre-spawn-environ": {}}
+
+
 @pytest.fixture(scope="module")
 def client():
     """Two processes of one thread, for all tests here."""
     with (
-        dask.config.set({"distributed.worker.daemon": True}),
+        dask.config.set(SETTINGS),
         dask_distributed().LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=None
         ) as cluster,
@@ -254,6 +258,7 @@ def test_a_worker_that_is_killed_in_the_middle(dtype, rng, tmp_path):
     shards = da.from_array(corpus, chunks=(SEVEN, -1)).map_blocks(slow_rows, dtype=corpus.dtype, mark=mark)
     package = dask_distributed()
     with (
+        dask.config.set(SETTINGS),
         package.LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=None,
             silence_logs=50,
