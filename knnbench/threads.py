@@ -87,10 +87,20 @@ class SharedSetting:
                     self._held.close()
 
 
-def _limit_blas() -> AbstractContextManager[Any]:
-    from threadpoolctl import threadpool_limits
+@contextmanager
+def _limit_blas() -> Iterator[None]:
+    from threadpoolctl import OpenBLASController, threadpool_limits
 
-    return threadpool_limits(thread_count(), user_api="blas")  # type: ignore[no-any-return]
+    # Only the thread that controls OpenBLAS sets its threads; what others ask for is silently left undone. The last of
+    # overlapping calls, which takes the limit back, may be on another thread than the first, which set it.
+    OpenBLASController.clear_controlling_thread(force=True)
+    limits = threadpool_limits(thread_count(), user_api="blas")
+    try:
+        yield
+    finally:
+        OpenBLASController.clear_controlling_thread(force=True)
+        limits.restore_original_limits()
+        OpenBLASController.clear_controlling_thread(force=True)
 
 
 _limited_blas = SharedSetting(_limit_blas)

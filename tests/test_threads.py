@@ -40,6 +40,32 @@ def test_blas_is_limited_inside_and_left_as_found(monkeypatch):
         assert blas_threads() == {2}
 
 
+def test_the_last_of_overlapping_calls_takes_the_limit_back_on_any_thread(monkeypatch):
+    monkeypatch.setenv(THREADS_VARIABLE, "1")
+    names = ("first_is_in", "first_may_leave", "first_is_out", "last_is_in", "last_may_leave", "last_is_out", "end")
+    events = {name: threading.Event() for name in names}
+
+    def hold(which):
+        with limited_blas():
+            events[f"{which}_is_in"].set()
+            events[f"{which}_may_leave"].wait(10)
+        events[f"{which}_is_out"].set()
+        events["end"].wait(10)  # a thread of a pool lives on
+
+    threads = {which: threading.Thread(target=hold, args=(which,)) for which in ("first", "last")}
+    with threadpool_limits(2, user_api="blas"):
+        for which, thread in threads.items():
+            thread.start()
+            events[f"{which}_is_in"].wait(10)
+        for which, expected in (("first", {1}), ("last", {2})):
+            events[f"{which}_may_leave"].set()
+            events[f"{which}_is_out"].wait(10)
+            assert blas_threads() == expected
+        events["end"].set()
+        for thread in threads.values():
+            thread.join()
+
+
 def test_overlapping_holders_make_a_setting_once_and_the_last_takes_it_back():
     events = []
 
