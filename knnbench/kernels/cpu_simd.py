@@ -474,7 +474,8 @@ class Vectors:
         """
         if self.operation.is_matrix:
             return 2 * MATRIX_ROWS, 2
-        light = self.operation.is_light
+        # AVX-512 takes the larger of absolute values at once (`keep_largest_floats`).
+        light = self.operation.is_light or (self.width == 64 and self.operation.is_largest and is_float(self.elements))
         queries, vectors = ((8, 3) if light else (8, 2)) if self.registers == 32 else ((6, 2) if light else (4, 2))
         # A bit for each row of a panel says whether it is of interest.
         return queries, min(vectors, 64 // self.lanes)
