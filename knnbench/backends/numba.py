@@ -123,8 +123,7 @@ class NumbaBackend(HostBackend):
     def keep(self, prepared: TileCorpus, space: Space, budget: int) -> TileCorpus:
         """Return the rows with panels of them all, packed for the kernels that most searches take."""
         kernels = tile_kernels(space, filtered=_filter(space, 1, len(prepared)) is not None)
-        fits = kernels.packing_bytes(len(prepared), space.n_features) <= budget
-        return packed_corpus(prepared, kernels) if fits else prepared
+        return packed_within(budget, prepared, kernels)
 
     def pairwise(self, queries: Native, prepared: TileCorpus, space: Space, budget: int) -> Native:
         """Return all distances."""
@@ -161,10 +160,11 @@ class NumbaBackend(HostBackend):
         error = found_filter.error(space) if found_filter else 0.0
         kernels, per_query = filtering or direct, 16 * list_room(k, n_corpus)
         tasks = _Tasks(kernels, space, n_queries, n_corpus, budget, k=k, per_query=per_query)
-        packing_bytes = kernels.packing_bytes(n_corpus, space.n_features)
-        if len(tasks.blocks) >= SHARED_BLOCKS and not prepared.packed(kernels) and packing_bytes <= budget // 2:
-            prepared = packed_corpus(prepared, kernels)
-            tasks = _Tasks(kernels, space, n_queries, n_corpus, budget - packing_bytes, k=k, per_query=per_query)
+        if len(tasks.blocks) >= SHARED_BLOCKS and not prepared.packed(kernels):
+            prepared = packed_within(budget // 2, prepared, kernels)
+            if prepared.packed(kernels):
+                left = budget - kernels.packing_bytes(n_corpus, space.n_features)
+                tasks = _Tasks(kernels, space, n_queries, n_corpus, left, k=k, per_query=per_query)
         in_rows = n_queries <= FEW_QUERIES and space.n_features >= direct.plan.rows.features
         shapes = [(n_queries, min(k, part.stop - part.start)) for part in tasks.parts]
         found = [(np.empty(shape, space.ranked), np.empty(shape, np.int64)) for shape in shapes]
@@ -301,9 +301,11 @@ class _LinearLoss:
         return np.where((running <= stop) & (losses <= limit), losses, math.inf)
 
 
-def packed_corpus(prepared: TileCorpus, kernels: TileKernels) -> TileCorpus:
-    """Return rows with panels of them all, packed for some kernels."""
+def packed_within(budget: int, prepared: TileCorpus, kernels: TileKernels) -> TileCorpus:
+    """Return rows with panels of them all, packed for some kernels; as they are if that takes more than the budget."""
     rows, n_features = prepared.rows, prepared.rows.shape[1]
+    if kernels.packing_bytes(len(rows), n_features) > budget:
+        return prepared
     packing = kernels.packing(len(rows), n_features, prepared.centre if kernels.plan.is_filter else None)
     parts = list(slices(len(packing.panels), chunk_rows(packing.panels.shape[1])))
     run_tasks(lambda part: kernels.pack(rows, part.start, part.stop, *packing), parts, thread_count())

@@ -113,9 +113,8 @@ def _too_inexact(name: str, problem: Problem, constraints: Constraints) -> str:
         return f"wrong: {found['reason']}"
     if constraints.max_error is None:
         return ""
-    if (
-        constraints.accuracy == "exact" and problem.space.dtype.kind == "f"
-    ):  # proved, whatever fast arithmetic is off by
+    # Exact distances of floats are proved, whatever fast arithmetic is off by.
+    if constraints.accuracy == "exact" and not problem.space.is_integer:
         found = dict.fromkeys(found, float(np.finfo(problem.space.output).eps))
     for kind in ("ordinary", "adversarial"):
         if not found[kind] <= constraints.max_error:
