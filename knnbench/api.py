@@ -741,12 +741,12 @@ class _Task:
 
     def pairwise(self, block: slice, packed: Any) -> Native:
         """Return the distances of a block of queries."""
-        with limited_blas():
+        with limited_blas(self.engine.calls_blas):
             return self.engine.pairwise(self.native(block), packed, self.space, self.budget_left)
 
     def knn(self, block: slice, packed: Any, k: int) -> tuple[Native, Native]:
         """Return the ranked values and indices of a block of queries."""
-        with limited_blas():
+        with limited_blas(self.engine.calls_blas):
             return self.engine.knn(self.native(block), packed, k, self.space, self.budget_left)
 
     def neighbors(self, distances: Native, indices: Native, certificate: exact.Certificate | None) -> Neighbors:

@@ -107,14 +107,14 @@ _limited_blas = SharedSetting(_limit_blas)
 
 
 @contextmanager
-def limited_blas() -> Iterator[None]:
-    """Hold numpy's BLAS at $KNNBENCH_THREADS, and leave it as found.
+def limited_blas(is_called: bool = True) -> Iterator[None]:
+    """Hold numpy's BLAS, if it is called at all, at $KNNBENCH_THREADS, and leave it as found.
 
     Nothing is done without the variable, nor in a process that was started with `pinned_environment`: asking
     threadpoolctl which libraries are loaded costs milliseconds a call.
     """
     threads = setting(THREADS_VARIABLE)
-    if not threads or all(os.environ.get(variable) == threads for variable in POOL_VARIABLES):
+    if not is_called or not threads or all(os.environ.get(variable) == threads for variable in POOL_VARIABLES):
         yield
         return
     with _limited_blas():

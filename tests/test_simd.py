@@ -18,7 +18,14 @@ from llvmlite import binding, ir
 
 from knnbench import InvalidInputError, UnsupportedError, knn, pairwise, prepare
 from knnbench.kernels import cpu_probes, cpu_tiles
-from knnbench.kernels.cpu_loops import configure_matrix_unit, matrix_sums, release_matrix_unit, tile_sums
+from knnbench.kernels.cpu_loops import (
+    LIST_LANES,
+    configure_matrix_unit,
+    matrix_sums,
+    release_matrix_unit,
+    shift_in,
+    tile_sums,
+)
 from knnbench.kernels.cpu_simd import (
     CENTRE,
     LEVELS,
@@ -29,7 +36,15 @@ from knnbench.kernels.cpu_simd import (
     simd_level,
     vectors_of,
 )
-from knnbench.kernels.cpu_tiles import NARROW_PRODUCTS, OPERATION_OF, Plan, compiled_kernels, filter_of, plan_of
+from knnbench.kernels.cpu_tiles import (
+    NARROW_PRODUCTS,
+    OPERATION_OF,
+    Plan,
+    compiled_kernels,
+    filter_of,
+    kept_rows,
+    plan_of,
+)
 from knnbench.metrics import METRICS, Space
 
 from ._checks import assert_identical
@@ -179,7 +194,7 @@ def test_products_of_bytes(metric, n_features, operation, rng):
     everything = np.empty((37, 100), space.ranked)
     work = kernels.workspace(37, n_features)
     lists = kernels.lists(37, 7, 100)
-    assert kernels.knn(queries, corpus, 0, 0, 100, 0.0, *work, 7, *lists) == 100
+    assert kernels.knn(queries, corpus, 0, 100, *work, 7, *lists)
     kernels.order(queries, corpus, work.values, 7, *lists, values, indices)
     kernels.pairwise(queries, corpus, 0, 100, *work, everything)
     distances, nearest = expected(queries, corpus, "cosine" if metric == "cosine" else "sqeuclidean", 7)
@@ -206,15 +221,19 @@ def test_what_centring_takes_away_is_given_back(rng, monkeypatch):
 
 
 def filtered(queries, corpus, k, metric, centre, error):
-    """Return at which row the filtering kernel stopped, and the lists if it did not."""
+    """Return which queries the filtering kernels leave in doubt, and the lists of the others; None if it gave up."""
     space = Space(METRICS[metric], queries.dtype, queries.shape[1])
     kernels = compiled_kernels(plan_of(space, simd_level(), cpu_features(), filtered=True), space)
-    work = kernels.workspace(len(queries), space.n_features, centre)
+    work, kept = kernels.workspace(len(queries), space.n_features, centre), kept_rows(k, len(corpus))
     values, indices = np.empty((len(queries), k), space.ranked), np.empty((len(queries), k), np.int64)
-    lists = kernels.lists(len(queries), k, len(corpus))
-    stop = kernels.knn(queries, corpus, 0, 0, len(corpus), error, *work, k, *lists)
-    kernels.order(queries, corpus, work.values, k, *lists, values, indices)
-    return stop, values, indices
+    lists, in_doubt = kernels.lists(len(queries), kept, len(corpus)), np.empty(len(queries), bool)
+    if not kernels.knn(queries, corpus, 0, len(corpus), *work, kept, *lists):
+        return None
+    kernels.prove(
+        queries, corpus, len(corpus), error, work.query_norms, work.sums, work.values, k, kept, *lists, values, indices,
+        in_doubt,
+    )  # fmt: skip
+    return in_doubt, values[~in_doubt], indices[~in_doubt]
 
 
 def declared(metric, dtype, n_features):
@@ -222,50 +241,109 @@ def declared(metric, dtype, n_features):
     return filter_of(space).error(space)
 
 
-def far_apart(rng, dtype, spread=1e-2):
-    """Return rows whose distances differ by less than the filter's rounding, far from the centre given."""
-    corpus = (1000 + rng.normal(size=(4000, 64)) * spread).astype(dtype)
+def direct(queries, corpus, k, metric):
+    """Return the values and indices of the direct form, of which the filter keeps all."""
+    space = Space(METRICS[metric], queries.dtype, queries.shape[1])
+    kernels = compiled_kernels(plan_of(space, simd_level(), cpu_features()), space)
+    values, indices = np.empty((len(queries), k), space.ranked), np.empty((len(queries), k), np.int64)
+    lists = kernels.lists(len(queries), len(corpus), len(corpus))
+    kernels.knn(queries, corpus, 0, len(corpus), *kernels.workspace(len(queries), 64), len(corpus), *lists)
+    everything = np.empty((len(queries), len(corpus)), space.ranked), np.empty((len(queries), len(corpus)), np.int64)
+    kernels.order(queries, corpus, np.empty(8, space.dtype), len(corpus), *lists, *everything)
+    values[:], indices[:] = everything[0][:, :k], everything[1][:, :k]
+    return values, indices
+
+
+def close_together(rng, dtype):
+    """Return rows whose distances differ by less than the filter's rounding, far from the centre 0."""
+    corpus = (1000 + rng.normal(size=(4000, 64)) * 1e-3).astype(dtype)
     return corpus[:5] + dtype(1e-3), corpus
 
 
 FILTERED = ["sqeuclidean", "cityblock"]
 
 
+@pytest.mark.parametrize("k", [1, 3, 40, 200])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("metric", FILTERED)
-def test_the_filter_loses_no_neighbour(metric, dtype, rng):
-    ordinary = rng.normal(size=(9, 64)).astype(dtype), rng.normal(size=(4000, 64)).astype(dtype)
-    for queries, corpus in (far_apart(rng, dtype), ordinary):
-        centre = corpus.mean(axis=0, dtype=np.float64).astype(dtype)
-        stop, values, indices = filtered(queries, corpus, 3, metric, centre, declared(metric, dtype, 64))
-        assert stop == len(corpus)
-        distances = expected(queries, corpus, metric, 3)[0]
-        best = np.sort(distances, axis=1)[:, :3]
-        assert (values <= best * (1 + 80 * np.finfo(dtype).eps)).all()
-        assert np.abs(np.take_along_axis(distances, indices, axis=1) - values).max() <= 1e-5 * values.max()
+def test_what_the_filter_proves_is_what_the_direct_form_gives(metric, dtype, k, rng):
+    queries, corpus = rng.normal(size=(9, 64)).astype(dtype), rng.normal(size=(4000, 64)).astype(dtype)
+    corpus[1000:2000] = corpus[:1000]  # ties
+    in_doubt, values, indices = filtered(
+        queries, corpus, k, metric, corpus[:50].mean(axis=0), declared(metric, dtype, 64)
+    )
+    assert in_doubt.mean() < 0.5
+    expected_values, expected_indices = direct(queries[~in_doubt], corpus, k, metric)
+    assert_identical(values, expected_values)
+    assert_identical(indices, expected_indices)
 
 
 @pytest.mark.parametrize("metric", FILTERED)
 def test_without_its_error_the_filter_would_lose_neighbours(metric, rng):
-    queries, corpus = far_apart(rng, np.float32, 1e-3)
-    stop, values, _ = filtered(queries, corpus, 3, metric, np.zeros(64, np.float32), 0.0)
-    best = np.sort(expected(queries, corpus, metric, 3)[0], axis=1)[:, :3]
-    assert stop < len(corpus) or (values > 1.001 * best).any()
+    # The filter rounds by about as much as the distances of the nearest differ.
+    offset = 10 if metric == "sqeuclidean" else 100
+    corpus = (offset + rng.normal(size=(2000, 64)) * 0.3).astype(np.float32)
+    queries, centre = (offset + rng.normal(size=(500, 64)) * 0.3).astype(np.float32), np.zeros(64, np.float32)
+    for error, loses in ((0.0, True), (declared(metric, np.float32, 64), False)):
+        in_doubt, values, indices = filtered(queries, corpus, 3, metric, centre, error)
+        assert in_doubt.mean() < 0.5
+        best, nearest = direct(queries[~in_doubt], corpus, 3, metric)
+        assert (values != best).any() == (indices != nearest).any() == loses
 
 
 @pytest.mark.parametrize("metric", FILTERED)
-@pytest.mark.parametrize("scale", [1.0, 1e19, 1e32])
-def test_a_filter_that_is_of_no_use_stops(scale, metric, rng):
-    # Far from the centre given, the error exceeds all distances; or norms overflow.
-    if scale == 1e32 and metric == "sqeuclidean":
-        pytest.skip("the distances overflow too")
-    corpus = ((1000 + rng.normal(size=(20_000, 64)) * 1e-3) * scale).astype(np.float32)
-    queries = corpus[:8].copy()
-    error = declared(metric, np.float32, 64)
-    stop, _, _ = filtered(queries, corpus, 3, metric, np.zeros(64, np.float32), error)
-    assert stop < len(corpus)
+def test_a_filter_that_is_of_no_use_says_so(metric, rng):
+    queries, corpus = close_together(rng, np.float32)
+    in_doubt, _, _ = filtered(queries, corpus, 3, metric, np.zeros(64, np.float32), declared(metric, np.float32, 64))
+    assert in_doubt.all()
+
+
+def test_more_equal_rows_than_are_kept_leave_doubt(rng):
+    corpus = np.repeat(rng.normal(size=(100, 64)).astype(np.float32), 40, axis=0)
+    in_doubt, _, _ = filtered(corpus[:2], corpus, 3, "cityblock", np.zeros(64, np.float32), 1e-6)
+    assert in_doubt.all()
+    assert (
+        knn(corpus[::400], corpus, 3, "cityblock", backend="numba").indices
+        == np.arange(0, 4000, 400)[:, None] + range(3)
+    ).all()
+
+
+@pytest.mark.parametrize("metric", FILTERED)
+def test_a_filter_gives_up_where_norms_overflow(metric, rng):
+    scale = 1e19 if metric == "sqeuclidean" else 1e37
+    corpus = ((10 + rng.normal(size=(2000, 64)) * 1e-3) * scale).astype(np.float32)
+    assert filtered(corpus[:8], corpus, 3, metric, np.zeros(64, np.float32), 1e-6) is None
     # The search as a whole goes on by the direct form.
-    assert (knn(queries, corpus, 1, metric, backend="numba").distances == 0).all()
+    distances, indices = knn(corpus[:8], corpus, 1, metric, backend="numba")
+    assert (distances == 0).all()
+    assert (indices[:, 0] == range(8)).all()
+
+
+# --- lists of the nearest
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.int64])
+@pytest.mark.parametrize("k", [1, 7, 8, 9, 64, 127])
+def test_a_pair_is_shifted_into_its_place(dtype, k, rng):
+    @numba.njit
+    def kept(given, values, indices):
+        for index in range(len(given)):
+            if index < k or given[index] < values[0, k - 1]:
+                place = min(index, k - 1) // LIST_LANES * LIST_LANES
+                while place > 0 and shift_in(0, values, indices, 0, place, index, given[index], index):
+                    place -= LIST_LANES
+                if place == 0:
+                    shift_in(1, values, indices, 0, 0, index, given[index], index)
+
+    given = rng.integers(0, 50, 300).astype(dtype)  # with many ties
+    if given.dtype.kind == "f":
+        given[:20] = np.inf
+    room = -(-k // LIST_LANES) * LIST_LANES
+    values, indices = np.full((1, room), 0, dtype), np.zeros((1, room), np.int64)
+    kept(given, values, indices)
+    order = np.argsort(given, kind="stable")[:k]
+    assert_identical(indices[0, :k], order)
+    assert_identical(values[0, :k], given[order])
 
 
 # --- machine code for CPUs that are not here

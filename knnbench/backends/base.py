@@ -136,6 +136,8 @@ class Backend(ABC):
     """
 
     capabilities: ClassVar[Capabilities]
+    calls_blas: ClassVar[bool] = True
+    """Whether it may call numpy's BLAS. Holding that at the threads that are allowed takes a millisecond."""
 
     @abstractmethod
     def to_native(self, rows: Any, dtype: np.dtype[Any]) -> Native:

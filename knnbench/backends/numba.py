@@ -16,7 +16,7 @@ from knnbench.dtypes import Array
 from knnbench.kernels.cpu_linear import LinearKernels, Panels, linear_kernels
 from knnbench.kernels.cpu_rows import unit_rows
 from knnbench.kernels.cpu_simd import LEVELS, cpu_features, simd_level
-from knnbench.kernels.cpu_tiles import Filter, Packing, TileKernels, filter_of, list_room, tile_kernels
+from knnbench.kernels.cpu_tiles import Filter, Packing, TileKernels, filter_of, kept_rows, list_room, tile_kernels
 from knnbench.metrics import Space
 from knnbench.ordering import merge_topk
 from knnbench.settings import LEVEL_VARIABLE, setting
@@ -38,7 +38,10 @@ SHARED_BLOCKS = 4
 FEW_QUERIES = 4
 
 # From so many features on, distances of floats are filtered; below, the direct form is as fast (measured).
-FILTERED_FEATURES = 32
+FILTERED_FEATURES = 64
+
+# A filter keeps at most one of so many rows: what keeping takes, it saves on few others.
+FILTERED_SHARE = 16
 
 # What a feature of a pair takes of the ceilings of `knnbench.measure.ceilings`, by operation.
 CEILINGS_OF: dict[str, dict[str, float]] = {
@@ -62,7 +65,7 @@ LOSS_PANELS = 32
 FINISHED_PAIRS = 1 << 17
 
 # Corpus rows whose mean stands for the corpus's: differences do not depend on it, only the filter's sharpness does.
-CENTRE_ROWS = 1024
+CENTRE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class NumbaBackend(HostBackend):
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(device="cpu", certifies=True)
+    calls_blas: ClassVar[bool] = False
 
     def prepare(self, corpus: Native, space: Space) -> TileCorpus:
         """Return the prepared rows."""
@@ -154,39 +158,22 @@ class NumbaBackend(HostBackend):
     def knn(self, queries: Native, prepared: TileCorpus, k: int, space: Space, budget: int) -> tuple[Native, Native]:
         """Return the k nearest."""
         n_queries, n_corpus = len(queries), len(prepared)
-        direct = tile_kernels(space)
         found_filter = _filter(space, k, n_corpus)
-        filtering = tile_kernels(space, filtered=True) if found_filter else None
-        error = found_filter.error(space) if found_filter else 0.0
-        kernels, per_query = filtering or direct, 16 * list_room(k, n_corpus)
-        tasks = _Tasks(kernels, space, n_queries, n_corpus, budget, k=k, per_query=per_query)
+        kernels = tile_kernels(space, filtered=found_filter is not None)
+        tasks = _Tasks(kernels, space, n_queries, n_corpus, budget, k=k)
         if len(tasks.blocks) >= SHARED_BLOCKS and not prepared.packed(kernels):
             prepared = packed_within(budget // 2, prepared, kernels)
             if prepared.packed(kernels):
                 left = budget - kernels.packing_bytes(n_corpus, space.n_features)
-                tasks = _Tasks(kernels, space, n_queries, n_corpus, left, k=k, per_query=per_query)
-        in_rows = n_queries <= FEW_QUERIES and space.n_features >= direct.plan.rows.features
+                tasks = _Tasks(kernels, space, n_queries, n_corpus, left, k=k)
+        search = _Search(prepared, space, found_filter)
         shapes = [(n_queries, min(k, part.stop - part.start)) for part in tasks.parts]
         found = [(np.empty(shape, space.ranked), np.empty(shape, np.int64)) for shape in shapes]
 
         def task(piece: tuple[slice, int]) -> None:
             rows, number = piece
-            part, block, kept = tasks.parts[number], prepared_rows(queries[rows], space), shapes[number][1]
-            first, start, stop = part.start, part.start, part.stop
-            lists = direct.lists(len(block), kept, stop - first)
-            work = direct.workspace(len(block), space.n_features, packing=prepared.packed(direct))
-            if in_rows:
-                direct.knn_rows(block, prepared.rows, first, stop, work.query_norms, work.values, kept, *lists)
-                start = stop
-            elif filtering is not None:
-                panels = prepared.packed(filtering)
-                centre = prepared.centre if panels is None else None
-                filtered = filtering.workspace(len(block), space.n_features, centre, panels)
-                start = filtering.knn(block, prepared.rows, first, start, stop, error, *filtered, kept, *lists)
-            if start < stop:
-                direct.knn(block, prepared.rows, first, start, stop, 0.0, *work, kept, *lists)
             ranked, nearest = found[number]
-            direct.order(block, prepared.rows, work.values, kept, *lists, ranked[rows], nearest[rows])
+            search(prepared_rows(queries[rows], space), tasks.parts[number], ranked[rows], nearest[rows])
 
         run_tasks(task, [(rows, n) for rows in tasks.blocks for n in range(len(found))], tasks.threads)
         return functools.reduce(lambda a, b: merge_topk(a, b, k), found)
@@ -203,7 +190,69 @@ class NumbaBackend(HostBackend):
 
 def _filter(space: Space, k: int, n_corpus: int) -> Filter | None:
     """Return what filters distances, if anything does: not if most rows are wanted anyway."""
-    return filter_of(space) if space.n_features >= FILTERED_FEATURES and 8 * k <= n_corpus else None
+    pays = space.n_features >= FILTERED_FEATURES and FILTERED_SHARE * kept_rows(k, n_corpus) <= n_corpus
+    return filter_of(space) if pays else None
+
+
+class _Search:
+    """Searching a part of a corpus for a block of queries, in any thread.
+
+    Parameters
+    ----------
+    prepared : TileCorpus
+    space : Space
+    found : Filter or None
+        What filters the distances.
+    """
+
+    def __init__(self, prepared: TileCorpus, space: Space, found: Filter | None) -> None:
+        self._prepared, self._space = prepared, space
+        self._direct = tile_kernels(space)
+        self._filtering = tile_kernels(space, filtered=True) if found else None
+        self._error = found.error(space) if found else 0.0
+
+    def __call__(self, block: Array, part: slice, ranked: Array, nearest: Array) -> None:
+        """Fill (n_queries, k) arrays with ranked values and indices."""
+        direct, corpus, (n_queries, k) = self._direct, self._prepared.rows, ranked.shape
+        if n_queries <= FEW_QUERIES and self._space.n_features >= direct.plan.rows.features:
+            lists, norms, row = direct.lists(n_queries, k, part.stop - part.start), *direct.few(n_queries)
+            direct.knn_rows(block, corpus, part.start, part.stop, norms, row, k, *lists)
+            direct.order(block, corpus, row, k, *lists, ranked, nearest)
+        elif self._filtering is None:
+            self._search(block, part, ranked, nearest)
+        else:
+            left = self._filter(self._filtering, block, part, ranked, nearest)
+            if len(left):
+                some = np.empty((len(left), k), ranked.dtype), np.empty((len(left), k), np.int64)
+                self._search(block[left], part, *some)
+                ranked[left], nearest[left] = some
+
+    def _search(self, block: Array, part: slice, ranked: Array, nearest: Array) -> None:
+        """Search by the direct form."""
+        kernels, corpus, (n_queries, k) = self._direct, self._prepared.rows, ranked.shape
+        lists = kernels.lists(n_queries, k, part.stop - part.start)
+        work = kernels.workspace(n_queries, self._space.n_features, packing=self._prepared.packed(kernels))
+        kernels.knn(block, corpus, part.start, part.stop, *work, k, *lists)
+        kernels.order(block, corpus, work.values, k, *lists, ranked, nearest)
+
+    def _filter(self, kernels: TileKernels, block: Array, part: slice, ranked: Array, nearest: Array) -> Array:
+        """Search by the filter; return the numbers of the queries that are left in doubt."""
+        corpus, (n_queries, k), n_rows = self._prepared.rows, ranked.shape, part.stop - part.start
+        kept, panels = kept_rows(k, n_rows), self._prepared.packed(kernels)
+        lists = kernels.lists(n_queries, kept, n_rows)
+        centre = self._prepared.centre if panels is None else None
+        work = kernels.workspace(n_queries, self._space.n_features, centre, panels)
+        if not kernels.knn(block, corpus, part.start, part.stop, *work, kept, *lists):
+            return np.arange(n_queries)
+        in_doubt = np.empty(n_queries, np.bool_)
+        kernels.prove(
+            block, corpus, n_rows, self._error, work.query_norms, work.sums, work.values, k, kept, *lists, ranked,
+            nearest, in_doubt,
+        )  # fmt: skip
+        left = np.flatnonzero(in_doubt)
+        if 2 * len(left) > n_queries:
+            self._filtering = None  # the rows are too close to each other: what is still to do goes without
+        return left
 
 
 class _Tasks:
@@ -225,8 +274,10 @@ class _Tasks:
     ) -> None:  # fmt: skip
         height = kernels.plan.panels.tile_shape[0]
         per_tile, fixed = kernels.workspace_bytes(space.n_features)
-        per_tile = 2 * per_tile + height * (per_query + prepared_bytes(space))  # twice: filtered, and direct
-        fixed *= 2
+        per_query += 16 * list_room(kept_rows(k, n_corpus), n_corpus) + prepared_bytes(space)
+        if kernels.plan.is_filter:  # queries in doubt are searched again
+            per_query += 16 * (list_room(k, n_corpus) + k) + space.dtype.itemsize * space.n_features
+        per_tile, fixed = 2 * per_tile + height * per_query, 2 * fixed  # twice: filtered, and direct
         is_small = n_queries * n_corpus * space.n_features < SMALL
         threads = 1 if is_small else max(1, min(thread_count(), budget // (fixed + per_tile)))
         # Parts have lists of their own, and merging holds some copies of them.

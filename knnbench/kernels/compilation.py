@@ -92,8 +92,12 @@ def cached_on_disk() -> Iterator[bool]:
             _config.CACHE_DIR = before
 
 
-def compile_cached(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compile_cached(*, allocates: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return ``numba.njit`` with these options and the cache above, as a decorator.
+
+    Functions do without numba's counts of references unless they allocate arrays. Where a function is not made part of
+    its caller, each call counts the references of its arrays up and down by atomic additions, which took ten times as
+    long as putting a pair into a list; and threads that share an array wait for each other.
 
     numba finds a function's code by a pickle of what the function closes over, which is another one in each process,
     and by an index of several, which two processes can write at once, each for code of its own. Here what `described`
@@ -103,10 +107,11 @@ def compile_cached(**options: Any) -> Callable[[Callable[..., Any]], Callable[..
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         given = {name: sorted(value) if isinstance(value, set) else value for name, value in options.items()}
-        key = hashlib.sha256(repr((described(function), given)).encode()).hexdigest()[:32]
+        key = hashlib.sha256(repr((described(function), allocates, given)).encode()).hexdigest()[:32]
         _rename(function, key)
         with cached_on_disk() as cache:
-            compiled: Any = numba.njit(cache=cache, **options)(function)
+            chosen: dict[str, Any] = {"cache": cache, "_nrt": allocates, **options}
+            compiled: Any = numba.njit(**chosen)(function)
             if cache:
                 compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
                 compiled._cache._cache_file = _Files(cache_directory(), function.__name__)

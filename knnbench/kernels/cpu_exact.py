@@ -89,7 +89,7 @@ def _wide_kernels(accumulate_scalar: Callable[..., Any], vectors: Vectors) -> Wi
             for f in range(n_features):
                 out[r] = accumulate(out[r], one[i, f], others[r, f])
 
-    @compile_cached(nogil=True, error_model="numpy")
+    @compile_cached(allocates=True, nogil=True, error_model="numpy")
     def pairs(
         queries: Any,
         corpus: Any,
@@ -109,7 +109,7 @@ def _wide_kernels(accumulate_scalar: Callable[..., Any], vectors: Vectors) -> Wi
             values(query, 0, row, value)
             out[p] = value[0]
 
-    @compile_cached(nogil=True, error_model="numpy")
+    @compile_cached(allocates=True, nogil=True, error_model="numpy")
     def block(queries: Any, corpus: Any, scales: Any, start: Any, stop: Any, out: Any) -> None:
         rows, found = np.zeros((ROWS, queries.shape[1])), np.empty(ROWS)
         for j in range(start, stop, ROWS):

@@ -32,6 +32,7 @@ from knnbench.kernels.cpu_simd import (
     TYPES,
     Builder,
     Vectors,
+    absolute_of_floats,
     call,
     constant,
     groups_summed,
@@ -42,6 +43,7 @@ from knnbench.kernels.cpu_simd import (
 
 __all__ = [
     "KEYS",
+    "LIST_LANES",
     "array_data",
     "column_dtype",
     "configure_matrix_unit",
@@ -55,12 +57,16 @@ __all__ = [
     "release_matrix_unit",
     "row_values",
     "set_up",
+    "shift_in",
     "splat",
     "tear_down",
     "tile",
     "tile_sums",
     "trailing_zeros",
 ]
+
+LIST_LANES = 8
+"""Pairs of a sorted list that `shift_in` moves at once; lists have room for a multiple of them."""
 
 # numba's annotations cover neither its tools for code generation nor what its decorator makes of a function.
 cgutils: Any = untyped_cgutils
@@ -159,7 +165,7 @@ def _transposed(builder: Builder, rows: list[Any]) -> list[Any]:
 @intrinsic(prefer_literal=True)
 def move_square(
     typing_context: Any, vectors: Any, source: Any, at: Any, stride: Any, target: Any, to: Any, step: Any, centre: Any,
-    first: Any, norms: Any, row: Any,
+    first: Any, norms: Any, sums: Any, row: Any,
 ) -> Any:  # fmt: skip
     """Move `Vectors.square` groups of features of as many corpus rows into a panel.
 
@@ -181,14 +187,16 @@ def move_square(
         The first feature's number in `centre`.
     norms : array of elements, or None
         To which the squares of what is stored are added, if there is a centre.
+    sums : array of elements, or None
+        To which then what is stored is added, and to `norms` its magnitudes, not squares.
     row : int
-        The first row's number in `norms`.
+        The first row's number in `norms` and `sums`.
     """
     if not isinstance(vectors, types.Literal):
         return None
     form = vectors_named(vectors.literal_value)
     operation, size = form.operation, form.square
-    has_centre = not isinstance(centre, types.NoneType)
+    has_centre, has_sums = (not isinstance(kind, types.NoneType) for kind in (centre, sums))
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Any:
         source, target = (array_data(context, builder, signature.args[i], args[i]) for i in (1, 4))
@@ -210,17 +218,29 @@ def move_square(
             address = place_at(builder, target, builder.mul(place, INT64(element_bytes)), units)
             builder.store(column, address, align=element_bytes)
         if has_centre:
-            base = array_data(context, builder, signature.args[9], args[9])
-            address = place_at(builder, base, builder.mul(args[10], INT64(element_bytes)), rows[0].type)
-            total = builder.load(address, align=element_bytes)
-            for column in columns:
-                values = builder.bitcast(column, rows[0].type)
-                total = multiply_add(builder, values, values, total)
-            builder.store(total, address, align=element_bytes)
+            vector = rows[0].type
+
+            def add(total: Any, value: Any) -> Any:
+                return builder.fadd(total, value)
+
+            def add_magnitude(total: Any, value: Any) -> Any:
+                return builder.fadd(total, absolute_of_floats(builder, value))
+
+            def add_square(total: Any, value: Any) -> Any:
+                return multiply_add(builder, value, value, total)
+
+            kept = [(9, add_magnitude), (10, add)] if has_sums else [(9, add_square)]
+            for number, adding in kept:
+                base = array_data(context, builder, signature.args[number], args[number])
+                address = place_at(builder, base, builder.mul(args[11], INT64(element_bytes)), vector)
+                total = builder.load(address, align=element_bytes)
+                for column in columns:
+                    total = adding(total, builder.bitcast(column, vector))
+                builder.store(total, address, align=element_bytes)
         return context.get_dummy_value()
 
     number = types.int64
-    arguments = (vectors, source, number, number, target, number, number, centre, number, norms, number)
+    arguments = (vectors, source, number, number, target, number, number, centre, number, norms, sums, number)
     return types.void(*arguments), generate
 
 
@@ -591,6 +611,76 @@ def row_values(
         return context.get_dummy_value()
 
     return types.void(vectors, count, one, types.int64, others, types.int64, types.int64, out), generate
+
+
+@intrinsic(prefer_literal=True)
+def shift_in(
+    typing_context: Any, is_first: Any, values: Any, indices: Any, start: Any, place: Any, seen: Any, value: Any,
+    index: Any,
+) -> Any:  # fmt: skip
+    """Put a pair into its place in `LIST_LANES` pairs of an ascending list, and move those after it up by one.
+
+    Of several vectors of a list the last comes first; the pair comes after those with an equal value. No comparison
+    decides where to go on, which a processor would guess wrong half of the time.
+
+    Parameters
+    ----------
+    is_first : int
+        1 for the first pairs of a list, 0 for those after others, a constant.
+    values, indices : C-contiguous arrays
+        Lists, one after the other.
+    start, place : int
+        Where the list begins, and which of its pairs is the first of these.
+    seen : int
+        How many pairs the list holds: those from there on are overwritten.
+    value, index : scalar, int
+        The pair.
+
+    Returns
+    -------
+    bool
+        Whether the pair may belong before these.
+    """
+    if not isinstance(is_first, types.Literal):
+        return None
+    begins = bool(is_first.literal_value)
+
+    def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Any:
+        arrays = [array_data(context, builder, signature.args[i], args[i]) for i in (1, 2)]
+        at = builder.add(args[3], args[4])
+        pair, old, before = (args[6], args[7]), [], []
+        for array, one in zip(arrays, pair, strict=True):
+            kind = ir.VectorType(one.type, LIST_LANES)
+            size = one.type.get_abi_size(context.target_data)
+            address = place_at(builder, array, builder.mul(at, INT64(size)), kind)
+            old.append((builder.load(address, align=size), address, size))
+            if begins:  # there is nothing before
+                lanes = ir.Constant(ir.VectorType(INT32, LIST_LANES), [INT32(max(0, i - 1)) for i in range(LIST_LANES)])
+                before.append(builder.shuffle_vector(old[-1][0], ir.Constant(kind, ir.Undefined), lanes))
+            else:
+                address = place_at(builder, array, builder.mul(builder.sub(at, INT64(1)), INT64(size)), kind)
+                before.append(builder.load(address, align=size))
+        new = [splat(builder, one, LIST_LANES) for one in pair]
+        compare = builder.fcmp_ordered if is_float(new[0].type) else builder.icmp_signed
+        places = ir.VectorType(INT64, LIST_LANES)
+        left = splat(builder, builder.sub(args[5], args[4]), LIST_LANES)
+
+        def stays(found: Any, shift: int) -> Any:
+            """Emit which pairs come before the new one; beyond those that the list holds, none does."""
+            held = ir.Constant(places, [INT64(lane - shift) for lane in range(LIST_LANES)])
+            return builder.and_(builder.not_(compare("<", new[0], found)), builder.icmp_signed("<", held, left))
+
+        keeps, follows = stays(old[0][0], 0), stays(before[0], 1)
+        if begins:
+            first = ir.Constant(follows.type, [ir.IntType(1)(lane == 0) for lane in range(LIST_LANES)])
+            follows = builder.or_(follows, first)
+        for (kept, address, size), moved, one in zip(old, before, new, strict=True):
+            builder.store(builder.select(keeps, kept, builder.select(follows, one, moved)), address, align=size)
+        return builder.not_(builder.extract_element(keeps, INT32(0)))
+
+    number = types.int64
+    arguments = (is_first, values, indices, number, number, number, values.dtype, number)
+    return types.boolean(*arguments), generate
 
 
 @intrinsic(prefer_literal=False)

@@ -5,14 +5,18 @@ the corpus at a time, which stays in the first-level cache while all queries pas
 registers, are compared there with each query's k-th value so far, and are looked at one by one only if some are
 smaller. No matrix of distances is written.
 
-Squared distances are ranked by ``|c|^2 - 2 q.c``, a product. On uint8 that is exact. On floats it is a filter: its
-declared error (`Space.gram_error`) is added to the limit, and what passes is computed once more by the direct form, so
-that neighbours and distances are those of the direct form. Where the error is so large that it lets too many pass, the
-search goes on with panels of the direct form. City block distances of floats have a filter too, because
+Squared distances are ranked by ``|c|^2 - 2 q.c``, a product. On uint8 that is exact. On floats it is a filter: a few
+more rows than k are kept by it and computed once more by the direct form, and its declared error (`Space.gram_error`)
+tells whether a row that was not kept could be among the k nearest. Queries for which it could are searched again by the
+direct form, so that neighbours and distances are always those of the direct form. City block distances of floats have a
+filter too, because
 
     sum(|q - c|) = 2 sum(max(q, c)) - sum(q) - sum(c)
 
 takes two operations a feature where the direct form takes three; its error is `Space.larger_error`.
+
+The k smallest so far are an ascending list, into which `cpu_loops.shift_in` puts a pair without a branch that could be
+guessed wrong; of many, candidates are collected and the k smallest selected from time to time.
 
 Few queries are compared with rows as they lie (`PanelKernels.knn_rows`), because packing would cost more than it saves.
 
@@ -34,11 +38,13 @@ from numba.extending import register_jitable
 from knnbench.dtypes import Array
 from knnbench.kernels.compilation import compile_cached
 from knnbench.kernels.cpu_loops import (
+    LIST_LANES,
     column_dtype,
     move,
     move_square,
     row_values,
     set_up,
+    shift_in,
     tear_down,
     tile,
     trailing_zeros,
@@ -54,11 +60,22 @@ from knnbench.kernels.cpu_simd import (
     simd_level,
     vectors_of,
 )
-from knnbench.kernels.heap import keep_smallest, make_heap, sift_down, sort_heap
+from knnbench.kernels.heap import keep_smallest, make_heap, sort_heap, sort_nearly
 from knnbench.metrics import METRICS, Space, add_absolute, add_product, add_square, keep_largest
 from knnbench.settings import setting
 
-__all__ = ["Filter", "Packing", "Plan", "TileKernels", "Workspace", "filter_of", "list_room", "plan_of", "tile_kernels"]
+__all__ = [
+    "Filter",
+    "Packing",
+    "Plan",
+    "TileKernels",
+    "Workspace",
+    "filter_of",
+    "kept_rows",
+    "list_room",
+    "plan_of",
+    "tile_kernels",
+]
 
 # The first word of the names of operations, by the scalar function of a metric.
 OPERATION_OF: dict[Callable[..., Any], str] = {
@@ -101,12 +118,13 @@ NARROW_PRODUCTS = ("product-uint8-matrix", "product-uint8")
 # and memory gives more to one long stream than to many short ones.
 PACKED_BYTES = 16 * 1024
 
-# What the float filter may let pass before the direct form is faster: of the pairs seen, one in so many, and for each
-# query so many times k, plus a constant, which any data needs.
-PASSED_SHARE = 8
-PASSED_QUERY = 64
+# What the float filter keeps beside k rows: so many, and one for each so many of k, because the more there are, the
+# closer do they lie to each other. Without any, the least error of the filter would leave the k-th row in doubt.
+SPARE = 3
+SPARE_SHARE = 8
 
-# From so many neighbours on, candidates are collected before the k smallest of them are kept: a heap costs log k each.
+# From so many neighbours on, candidates are collected before the k smallest of them are kept: putting a pair into its
+# place costs a share of k.
 MANY = 128
 
 # float32 keys of cosine on uint8 are off by three roundings at the most; rows within this of the limit are looked at.
@@ -243,15 +261,19 @@ class TileKernels:
     ranked : numpy.dtype
         Of the values that are ranked.
     knn : callable
-        ``(queries, corpus, first, start, stop, error, *workspace, k, *lists) -> int`` takes corpus rows from `start` on
-        into the lists, which hold those from `first` to `start`; returns the row at which it stopped, which is before
-        `stop` only if the filter lets too many pass. On a packed corpus, `start` is the first row of a panel.
+        ``(queries, corpus, first, stop, *workspace, k, *lists) -> bool`` takes corpus rows from `first` on into the
+        lists; on a packed corpus, that is the first row of a panel. A filter takes its keys, and gives up, with False,
+        where they could overflow.
     knn_rows : callable
         ``(queries, corpus, first, stop, workspace.query_norms, workspace.values, k, *lists)`` takes all rows from
         `first` on as they lie; they have at least `plan.rows.features` features.
     order : callable
         ``(queries, corpus, workspace.values, k, *lists, ranked, nearest)`` fills (n_queries, k) arrays with the k
         smallest in ascending order; floats are computed once more, so that they do not depend on how they were found.
+    prove : callable
+        ``(queries, corpus, n_rows, error, workspace.query_norms, workspace.sums, workspace.values, k, kept, *lists,
+        ranked, nearest, in_doubt)`` does it for a filter, of whose keys the lists hold the smallest `kept` of `n_rows`
+        rows, and sets in_doubt (n_queries,) where other rows could be among the k nearest.
     pairwise : callable
         ``(queries, corpus, start, stop, *workspace, out)`` fills (n_queries, stop - start) values to rank.
     pack : callable
@@ -263,6 +285,7 @@ class TileKernels:
     knn: Callable[..., int]
     knn_rows: Callable[..., None]
     order: Callable[..., None]
+    prove: Callable[..., None]
     pairwise: Callable[..., None]
     pack: Callable[..., None]
 
@@ -301,6 +324,11 @@ class TileKernels:
             centre, is_packed, queries, panels, columns, norms, query_norms, shifts, sums, limits, out, hits, values
         )
 
+    def few(self, n_queries: int) -> tuple[Array, Array]:
+        """Return `Workspace.query_norms` and `Workspace.values`, all that few queries take."""
+        (*_, norm, row, _) = self._dtypes
+        return np.empty(n_queries, norm), np.empty(ROWS, row)
+
     def packing(self, n_corpus: int, n_features: int, centre: Array | None = None) -> Packing:
         """Return room for the panels of a corpus, which `pack` fills."""
         n_panels = -(-n_corpus // self.plan.panels.panel_rows)
@@ -336,9 +364,14 @@ class TileKernels:
         return height * (row + 24), width * (row + 24 + 8 * height) + 13 * ALIGNMENT
 
 
+def kept_rows(k: int, n_rows: int) -> int:
+    """Return how many of some rows a filter keeps for k neighbours."""
+    return min(n_rows, k + SPARE + k // SPARE_SHARE)
+
+
 def list_room(k: int, n_rows: int) -> int:
     """Return how many pairs a list of the k smallest of some rows has room for."""
-    return k if k < MANY else min(2 * k, n_rows)
+    return -(-k // LIST_LANES) * LIST_LANES if k < MANY else min(2 * k, n_rows)
 
 
 def carved(*sizes: tuple[int, np.dtype[Any]]) -> list[Array]:
@@ -520,23 +553,24 @@ def _compiled(
         if count < width or n_features % depth:
             panel[:] = 0
         norms[:] = 0
+        if is_larger:
+            columns[:] = 0
         for begin in range(0, in_squares, chunk):
             end = min(begin + chunk, in_squares)
             for r in range(0, count - square + 1, square):
                 for g in range(begin, end, square):
                     at, to = (start + r) * n_features + g * group, (g * width + r) * group
-                    if is_filtered and not is_larger:
-                        move_square(tiles, corpus, at, n_features, panel, to, step, centre, g, norms, r)
+                    if is_larger:
+                        move_square(tiles, corpus, at, n_features, panel, to, step, centre, g, norms, columns, r)
+                    elif is_filtered:
+                        move_square(tiles, corpus, at, n_features, panel, to, step, centre, g, norms, None, r)
                     else:
-                        move_square(tiles, corpus, at, n_features, panel, to, step, None, 0, None, 0)
+                        move_square(tiles, corpus, at, n_features, panel, to, step, None, 0, None, None, 0)
         # What is left of the features, and then of the rows.
         whole = count // square * square
         fill_corpus(corpus, start, whole, in_squares, n_groups, panel, 0, 0)
         fill_corpus(corpus, start + whole, count - whole, 0, n_groups, panel, 0, whole)
-        if is_larger:
-            columns[:] = 0
-            centre_rows(panel, 0, width, 0, count, 0, n_features, centre, norms, columns, 0)
-        elif is_filtered:
+        if is_filtered:
             centre_rows(panel, 0, width, 0, whole, in_squares, n_features, centre, norms, columns, 0)
             centre_rows(panel, 0, width, whole, count - whole, 0, n_features, centre, norms, columns, 0)
         if needs_norms and not is_larger:
@@ -552,37 +586,44 @@ def _compiled(
                 shifts[r] = CENTRE * total
 
     @register_jitable
+    def are_summable(norms: Any, count: Any) -> Any:
+        """Return whether the first norms are finite and no sum of two of them can overflow."""
+        are = True
+        for i in range(count):
+            are &= norms[i] <= largest_norm
+        return are
+
+    @register_jitable
     def insert(k: Any, values: Any, indices: Any, counts: Any, i: Any, seen: Any, value: Any, index: Any) -> None:
         """Take a row, after `seen` others with smaller indices, into list i.
 
-        A list with room for k is a heap. One with more room is filled before the k smallest are kept, which is cheaper
-        for many. The k-th smallest stands first in both, from the time that the room was filled.
+        The pairs of a list are in ascending order. One of many is filled before the k smallest are kept, which is
+        cheaper; the k-th smallest then stands first.
         """
+        if k < MANY:
+            if seen >= k and not value < values[i, k - 1]:  # one that equals the k-th value comes after it
+                return
+            start, place = i * values.shape[1], min(seen, k - 1) // LIST_LANES * LIST_LANES
+            while place > 0:
+                if not shift_in(0, values, indices, start, place, seen, value, index):
+                    break
+                place -= LIST_LANES
+            if place == 0:
+                shift_in(1, values, indices, start, 0, seen, value, index)
+            counts[i] = min(seen + 1, k)
+            return
         room = values.shape[1]
-        if seen < room:
-            values[i, seen], indices[i, seen] = value, index
-            counts[i] = seen + 1
-            if seen + 1 < room:
-                return
-            if room == k:
-                make_heap(values, indices, i, k)
-                return
-        elif not value < values[i, 0]:  # one that equals the k-th value comes after it
+        if seen >= room and not value < values[i, 0]:
             return
-        elif room == k:
-            values[i, 0], indices[i, 0] = value, index
-            sift_down(values, indices, i, 0, k)
-            return
-        else:
-            values[i, counts[i]], indices[i, counts[i]] = value, index
-            counts[i] += 1
-        if counts[i] == room:
+        values[i, counts[i]], indices[i, counts[i]] = value, index
+        counts[i] += 1
+        if counts[i] == room and k < room:
             keep_smallest(values, indices, i, room, k)
             counts[i] = k
 
     @register_jitable
     def limit(largest: Any, query_norm: Any, total: Any, error: Any) -> Any:
-        """Return below which keys a row may be among the k smallest, of which the largest value is given."""
+        """Return below which keys a row may have a value less than the largest that is given."""
         if key == "value":
             return largest
         if is_larger:
@@ -598,6 +639,11 @@ def _compiled(
         return kth - query_norm + error * (query_norm + (length + math.sqrt(kth)) ** 2 + kth)
 
     @register_jitable
+    def key_of(acc: Any, column: Any) -> Any:
+        """Return what `tile` compares with a limit, of a filter."""
+        return (acc + acc) - column if is_larger else column - (acc + acc)
+
+    @register_jitable
     def value_of(acc: Any, query_norm: Any, corpus_norm: Any) -> Any:
         """Return the value to rank of an accumulator of a panel."""
         if key == "gram":
@@ -606,28 +652,26 @@ def _compiled(
 
     @compile_cached(nogil=True, error_model="numpy")
     def knn(
-        queries: Any, corpus: Any, first: Any, start: Any, stop: Any, error: Any, centre: Any, is_packed: Any,
-        packed: Any, panels: Any, columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, sums: Any,
-        limits: Any, out: Any, hits: Any, row: Any, k: Any, values: Any, indices: Any, counts: Any,
+        queries: Any, corpus: Any, first: Any, stop: Any, centre: Any, is_packed: Any, packed: Any, panels: Any,
+        columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, sums: Any, limits: Any, out: Any, hits: Any,
+        row: Any, k: Any, values: Any, indices: Any, counts: Any,
     ) -> Any:  # fmt: skip
         n_queries, n_features = queries.shape
-        room, n_groups = values.shape[1], (n_features + depth - 1) // depth * (depth // group)
+        n_groups = (n_features + depth - 1) // depth * (depth // group)
+        # From so many rows on, each list knows its k-th value, which stands here.
+        filled, kth = (k, k - 1) if k < MANY else (values.shape[1], 0)
         pack_queries(queries, packed, query_norms, sums, centre, row)
-        if start - first >= room:
-            for i in range(n_queries):
-                limits[i] = limit(values[i, 0], query_norms[i], sums[i], error)
-        if is_filtered and not query_norms[:n_queries].max() <= largest_norm:
-            return start
-        passed, allowed = 0, n_queries * (4 * room + PASSED_QUERY)
+        if is_filtered and not are_summable(query_norms, n_queries):
+            return False
         set_up(tiles)
-        for begin in range(start, stop, width):
+        for begin in range(first, stop, width):
             count, at = min(width, stop - begin), begin // width if is_packed else 0
             panel, column, norms, shift = panels[at], columns[at], corpus_norms[at], shifts[at]
             if not is_packed:
                 pack_panel(corpus, begin, count, panel, column, norms, shift, centre, row)
-            if is_filtered and not norms.max() <= largest_norm:
-                return begin
-            is_filling = begin - first < room
+            if is_filtered and not are_summable(norms, count):
+                return False  # no filter has a set-up to tear down
+            is_filling = begin - first < filled
             present = (np.int64(1) << count) - 1 if count < 64 else np.int64(-1)
             for i in range(0, n_queries, height):
                 always = np.int64(is_filling)
@@ -641,25 +685,21 @@ def _compiled(
                     while left:
                         r = trailing_zeros(left)
                         left &= left - 1
-                        acc, seen = out[t * width + r], begin + r - first
-                        if is_filtered:
-                            passed += 1
-                            value = pair(queries, i + t, corpus, begin + r, row)
-                        else:
-                            value = value_of(acc, query_norm, norms[r])
-                        insert(k, values, indices, counts, i + t, seen, value, begin + r)
-                    limits[i + t] = limit(values[i + t, 0], query_norm, sums[i + t], error)
-            if passed > allowed + (begin + count - start) * n_queries // PASSED_SHARE:
-                return begin + count
-        tear_down(tiles)  # no filter has a set-up, so that nothing returns before
-        return stop
+                        acc = out[t * width + r]
+                        value = key_of(acc, column[r]) if is_filtered else value_of(acc, query_norm, norms[r])
+                        insert(k, values, indices, counts, i + t, begin + r - first, value, begin + r)
+                    largest = values[i + t, kth]
+                    limits[i + t] = largest if is_filtered else limit(largest, query_norm, 0, 0.0)
+        tear_down(tiles)
+        return True
 
     @compile_cached(nogil=True, error_model="numpy")
     def knn_rows(
         queries: Any, corpus: Any, first: Any, stop: Any, query_norms: Any, row: Any, k: Any, values: Any,
         indices: Any, counts: Any,
     ) -> None:  # fmt: skip
-        (n_queries, n_features), room = queries.shape, values.shape[1]
+        n_queries, n_features = queries.shape
+        filled, kth = (k, k - 1) if k < MANY else (values.shape[1], 0)
         if rank_uses_norms:
             for i in range(n_queries):
                 query_norms[i] = norm(queries, i, row)
@@ -677,8 +717,17 @@ def _compiled(
                     acc = row[t] if count == ROWS else row[0]
                     value = ranked(rank(acc, query_norms[i + t], corpus_norm)) if rank_uses_norms else acc
                     # Looked at here too, because a call for every row would take as long as the row.
-                    if j - first < room or value < values[i + t, 0]:
+                    if j - first < filled or value < values[i + t, kth]:
                         insert(k, values, indices, counts, i + t, j - first, value, j)
+
+    @register_jitable
+    def sort(values: Any, indices: Any, i: Any, size: Any) -> None:
+        """Sort the first pairs of list i, which are nearly in order unless they are many."""
+        if size < MANY:
+            sort_nearly(values, indices, i, size)
+        else:
+            make_heap(values, indices, i, size)
+            sort_heap(values, indices, i, size)
 
     @compile_cached(nogil=True, error_model="numpy")
     def order(
@@ -690,8 +739,39 @@ def _compiled(
             if is_float:
                 for t in range(k):
                     values[i, t] = pair(queries, i, corpus, indices[i, t], row)
-            make_heap(values, indices, i, k)
-            sort_heap(values, indices, i, k)
+            sort(values, indices, i, k)
+            for t in range(k):
+                ranked[i, t], nearest[i, t] = values[i, t], indices[i, t]
+
+    @compile_cached(nogil=True, error_model="numpy")
+    def prove(
+        queries: Any, corpus: Any, n_rows: Any, error: Any, query_norms: Any, sums: Any, row: Any, k: Any, kept: Any,
+        values: Any, indices: Any, counts: Any, ranked: Any, nearest: Any, in_doubt: Any,
+    ) -> None:  # fmt: skip
+        for i in range(len(values)):
+            held = counts[i]
+            if held > kept:
+                keep_smallest(values, indices, i, held, kept)
+                held = kept
+            if held >= MANY:
+                sort(values, indices, i, held)
+            # The largest value of the first k, below which none that was left out may be.
+            largest, bound, last = -np.inf, 0.0, values[i, 0]
+            n_computed, in_doubt[i] = held, held < n_rows
+            for t in range(held):
+                if t >= k and not values[i, t] < bound:
+                    n_computed, in_doubt[i] = t, False
+                    break
+                last = values[i, t]
+                values[i, t] = pair(queries, i, corpus, indices[i, t], row)
+                if t < k:
+                    largest = max(largest, values[i, t])
+                    bound = limit(largest, query_norms[i], sums[i], error)
+            if in_doubt[i] and not last < bound:
+                in_doubt[i] = False
+            if in_doubt[i]:
+                continue
+            sort(values, indices, i, n_computed)
             for t in range(k):
                 ranked[i, t], nearest[i, t] = values[i, t], indices[i, t]
 
@@ -718,7 +798,7 @@ def _compiled(
                         result[i + t, begin - start + r] = value
         tear_down(tiles)
 
-    @compile_cached(nogil=True, error_model="numpy")
+    @compile_cached(allocates=True, nogil=True, error_model="numpy")
     def pack(
         corpus: Any, start: Any, stop: Any, centre: Any, is_packed: Any, panels: Any, columns: Any, norms: Any,
         shifts: Any,
@@ -728,4 +808,4 @@ def _compiled(
             count = min(width, len(corpus) - p * width)
             pack_panel(corpus, p * width, count, panels[p], columns[p], norms[p], shifts[p], centre, row)
 
-    return TileKernels(plan, np.dtype(ranked.name), knn, knn_rows, order, pairwise, pack)
+    return TileKernels(plan, np.dtype(ranked.name), knn, knn_rows, order, prove, pairwise, pack)

@@ -1,4 +1,4 @@
-"""Lists of the k smallest (value, index) pairs whose largest stands first, for the kernels of both targets.
+"""Lists of the k smallest (value, index) pairs, for the kernels of both targets.
 
 Arrays hold a list a row: a slice of one would count its references, which several threads do slowly.
 """
@@ -7,7 +7,7 @@ from typing import Any
 
 from numba.extending import register_jitable
 
-__all__ = ["comes_before", "keep_smallest", "make_heap", "sift_down", "sort_heap"]
+__all__ = ["comes_before", "keep_smallest", "make_heap", "sift_down", "sort_heap", "sort_nearly"]
 
 
 @register_jitable
@@ -49,6 +49,17 @@ def sort_heap(values: Any, indices: Any, i: Any, size: Any) -> None:
     for last in range(size - 1, 0, -1):
         swap(values, indices, i, 0, last)
         sift_down(values, indices, i, 0, last)
+
+
+@register_jitable
+def sort_nearly(values: Any, indices: Any, i: Any, size: Any) -> None:
+    """Sort the first pairs of list i by insertion, in place: quick where few are out of order."""
+    for last in range(1, size):
+        value, index, place = values[i, last], indices[i, last], last
+        while place > 0 and comes_before(value, index, values[i, place - 1], indices[i, place - 1]):
+            values[i, place], indices[i, place] = values[i, place - 1], indices[i, place - 1]
+            place -= 1
+        values[i, place], indices[i, place] = value, index
 
 
 @register_jitable
