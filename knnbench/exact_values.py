@@ -19,7 +19,7 @@ from knnbench.bounds import Floats, interval
 from knnbench.dtypes import Array
 from knnbench.errors import InvalidInputError
 from knnbench.metrics import Space, add_product, square_root
-from knnbench.threads import thread_count
+from knnbench.threads import run_tasks, thread_count
 
 __all__ = ["Values", "whole_values"]
 
@@ -413,8 +413,6 @@ class Values:
         self, kernel: Callable[..., Any], n: int, given: tuple[Any, ...], out: tuple[Any, ...], *, pairs: int = 1
     ) -> None:
         """Run a kernel on n pieces of work, on all threads."""
-        from knnbench.backends.numba import run_tasks
-
         each = pairs * self._space.n_features
         parts = slices(n, max(1, TASK_ELEMENTS // each))
         threads = thread_count() if n * each >= SMALL else 1

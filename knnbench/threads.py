@@ -1,15 +1,29 @@
 """How many threads a computation may use."""
 
+import ctypes
+import functools
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from knnbench.errors import InvalidInputError
 from knnbench.settings import THREADS_VARIABLE, setting
 
-__all__ = ["THREADS_VARIABLE", "SharedSetting", "available_cpus", "limited_blas", "pinned_environment", "thread_count"]
+__all__ = [
+    "THREADS_VARIABLE",
+    "SharedSetting",
+    "available_cpus",
+    "leave_cpu",
+    "limited_blas",
+    "pinned_environment",
+    "run_tasks",
+    "thread_count",
+]
 
 # Read by each library once, when it is loaded.
 POOL_VARIABLES = (
@@ -54,6 +68,98 @@ def pinned_environment(threads: int) -> dict[str, str]:
     They work only if they are set before numpy is loaded: its BLAS reads them once.
     """
     return dict.fromkeys((THREADS_VARIABLE, *POOL_VARIABLES), str(threads))
+
+
+# Threads that wait for tasks: starting one takes 0.15 ms, and it may begin on a busy CPU. Waiting takes no time, and a
+# process that is forked from this one, which has none of them, starts its own.
+_waiting: ThreadPoolExecutor | None = None
+_making = threading.Lock()
+
+
+def _forget_threads() -> None:
+    global _waiting, _making
+    _waiting, _making = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+@functools.cache
+def _cpu_asker() -> Callable[[], int] | None:
+    """Return the C library's function that tells which CPU a thread runs on, if there is one."""
+    return getattr(ctypes.PyDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
+
+
+def leave_cpu(busy: int) -> None:
+    """Move this thread to another CPU of its mask if it runs on one that is busy.
+
+    A thread that is woken begins where it ran last. On a virtual machine that tells nothing of caches that CPUs share,
+    Linux does not look for an idle one, and both threads took turns on one CPU for seconds.
+    """
+    ask = _cpu_asker()
+    if ask is None or ask() != busy:
+        return
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) > 1:
+        os.sched_setaffinity(0, allowed - {busy})
+        os.sched_setaffinity(0, allowed)
+
+
+def _hand_out(work: Callable[[], None], threads: int) -> list[Future[None]]:
+    """Give `work` to so many waiting threads; to none while the interpreter ends, which starts no more."""
+    global _waiting
+    ask = _cpu_asker()
+    busy = ask() if ask else -1
+
+    def elsewhere() -> None:
+        leave_cpu(busy)
+        work()
+
+    with _making:
+        if _waiting is None:
+            _waiting = ThreadPoolExecutor(available_cpus(), "knnbench")
+        try:
+            return [_waiting.submit(elsewhere) for _ in range(threads)]
+        except RuntimeError:
+            return []
+
+
+def run_tasks(task: Callable[[Any], Any], pieces: Iterable[Any], threads: int) -> None:
+    """Run `task` on all pieces, on some threads, of which this is one: it does not wait for another to begin.
+
+    Nothing runs any more when this returns or raises.
+
+    Parameters
+    ----------
+    task : callable
+        Its first error is raised, and no more pieces are begun.
+    pieces : iterable
+    threads : int
+    """
+    left = deque(pieces)
+
+    def work() -> None:
+        while True:
+            try:
+                piece = left.popleft()
+            except IndexError:
+                return
+            try:
+                task(piece)
+            except BaseException:
+                left.clear()  # of Ctrl-C too: what runs ends, nothing more is started
+                raise
+
+    others = min(threads, len(left)) - 1
+    given = _hand_out(work, others) if others > 0 else []
+    try:
+        work()
+    finally:
+        begun = [future for future in given if not future.cancel()]
+        errors = [future.exception() for future in begun]
+    for error in filter(None, errors):
+        raise error
 
 
 class SharedSetting:

@@ -1,6 +1,10 @@
 """Thread counts, and settings that overlapping calls hold together."""
 
+import ctypes
+import os
+import sys
 import threading
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -8,7 +12,15 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from knnbench import InvalidInputError, knn
-from knnbench.threads import THREADS_VARIABLE, SharedSetting, available_cpus, limited_blas, thread_count
+from knnbench.threads import (
+    THREADS_VARIABLE,
+    SharedSetting,
+    available_cpus,
+    leave_cpu,
+    limited_blas,
+    run_tasks,
+    thread_count,
+)
 
 
 def blas_threads():
@@ -113,3 +125,88 @@ def test_calls_from_many_threads_agree(own_backend, rng):
     for answer in found:
         np.testing.assert_array_equal(answer.indices, expected.indices)
         np.testing.assert_array_equal(answer.distances, expected.distances)
+
+
+def test_tasks_run_once_each_on_several_threads():
+    done, both = [], threading.Barrier(2, timeout=10)
+
+    def task(piece):
+        if piece < 2:
+            both.wait()  # two threads are inside, or this fails
+        done.append(piece)
+
+    run_tasks(task, range(50), 2)
+    assert sorted(done) == list(range(50))
+
+
+def test_the_first_error_of_a_task_ends_all():
+    begun = []
+
+    def task(piece):
+        begun.append(piece)
+        if piece == 3:
+            raise ZeroDivisionError(piece)
+
+    for threads in (1, 4):
+        begun.clear()
+        with pytest.raises(ZeroDivisionError):
+            run_tasks(task, range(1000), threads)
+        assert len(begun) < 1000
+        run_tasks(begun.append, range(3), threads)  # and the threads are there for others
+
+
+def test_an_error_in_another_thread_is_raised():
+    caller, inside = threading.get_ident(), threading.Event()
+
+    def task(piece):
+        if threading.get_ident() == caller:
+            assert inside.wait(10)
+        else:
+            inside.set()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_tasks(task, range(2), 2)
+
+
+def test_tasks_inside_tasks_end():
+    done = []
+    run_tasks(lambda _: run_tasks(done.append, range(5), 4), range(8), 4)
+    assert sorted(done) == sorted([*range(5)] * 8)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_has_threads_of_its_own():
+    run_tasks(lambda _: None, range(8), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that a process of several threads forks
+        child = os.fork()
+    if not child:
+        both = threading.Barrier(2, timeout=10)
+        try:
+            run_tasks(lambda _: both.wait(), range(2), 2)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux" or available_cpus() < 2, reason="needs two CPUs of Linux")
+def test_a_thread_leaves_a_busy_cpu():
+    allowed, ask, left = os.sched_getaffinity(0), ctypes.PyDLL(None).sched_getcpu, []
+
+    def body():
+        for cpu in sorted(allowed) * 10:
+            os.sched_setaffinity(0, {cpu})
+            leave_cpu(cpu)  # nowhere to go
+            assert os.sched_getaffinity(0) == {cpu}
+            os.sched_setaffinity(0, allowed)
+            leave_cpu(cpu)
+            left.append(ask() != cpu)
+            assert os.sched_getaffinity(0) == allowed
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert len(left) == 10 * len(allowed)
+    assert sum(left) > len(left) / 2  # the system may bring one back at once

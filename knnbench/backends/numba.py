@@ -3,9 +3,6 @@
 import functools
 import math
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,7 +17,7 @@ from knnbench.kernels.cpu_tiles import Filter, Packing, TileKernels, filter_of, 
 from knnbench.metrics import Space
 from knnbench.ordering import merge_topk
 from knnbench.settings import LEVEL_VARIABLE, setting
-from knnbench.threads import thread_count
+from knnbench.threads import run_tasks, thread_count
 
 from .base import Capabilities, HostBackend, LinearLoss, Native
 
@@ -31,8 +28,9 @@ __all__ = ["NumbaBackend"]
 TASK_QUERIES = 480
 
 # From so many blocks of queries on, the corpus is packed once for all of them, and not by each: fewer do not make up
-# for the memory, which has to be written and read.
+# for the memory, which has to be written and read, unless it stays in a cache.
 SHARED_BLOCKS = 4
+SHARED_BYTES = 1 << 20
 
 # Up to so many queries, corpus rows are compared as they lie: packing a row takes as long as comparing it with a few.
 FEW_QUERIES = 4
@@ -55,8 +53,24 @@ for _dtype in ("float32", "float64"):
     CEILINGS_OF[f"absolute-{_dtype}"] = CEILINGS_OF[f"square-{_dtype}"] = {f"add-{_dtype}": 1, f"fma-{_dtype}": 1}
     CEILINGS_OF[f"largest-{_dtype}"] = {f"add-{_dtype}": 1}
 
-# Features of all pairs, below which a call ends before a second thread would have started.
-SMALL = 1 << 23
+# What putting a pair into a list takes, in features of pairs that are computed meanwhile, and in features of corpus
+# rows that are packed.
+LIST_WORK = 1700
+LIST_PACKED = 75
+
+# What reading a byte of the corpus from memory takes, in the same.
+READ_WORK = 3
+
+# Features of all pairs of float32, below which a call ends before a second thread would have begun; those of uint8 take
+# a fourth of the time, and those of float64 twice.
+SMALL = 1 << 25
+
+# Tasks for each thread, where each does not have to pack the corpus: the fewer, the longer may all wait for the last.
+TASKS = 2
+LEAST_QUERIES = 64
+
+# The same for features of samples, times models and classes.
+SMALL_LOSS = 1 << 23
 
 # Panels of samples whose losses are a task: enough to hand it to a thread, few enough for all threads to end together.
 LOSS_PANELS = 32
@@ -97,8 +111,8 @@ class TileCorpus:
 class NumbaBackend(HostBackend):
     """Search in tiles of registers, selection fused, a thread for each CPU.
 
-    The kernels release the interpreter lock and run in Python's threads: unlike numba's own parallel
-    loops these start no pool that outlives the call, spins, forbids forks or aborts on concurrent calls.
+    The kernels release the interpreter lock and run in Python's threads: unlike those of numba's own parallel
+    loops, these do not spin, forbid forks or abort on concurrent calls.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(device="cpu", certifies=True)
@@ -161,7 +175,7 @@ class NumbaBackend(HostBackend):
         found_filter = _filter(space, k, n_corpus)
         kernels = tile_kernels(space, filtered=found_filter is not None)
         tasks = _Tasks(kernels, space, n_queries, n_corpus, budget, k=k)
-        if len(tasks.blocks) >= SHARED_BLOCKS and not prepared.packed(kernels):
+        if tasks.share_panels(kernels.packing_bytes(n_corpus, space.n_features)) and not prepared.packed(kernels):
             prepared = packed_within(budget // 2, prepared, kernels)
             if prepared.packed(kernels):
                 left = budget - kernels.packing_bytes(n_corpus, space.n_features)
@@ -278,15 +292,23 @@ class _Tasks:
         if kernels.plan.is_filter:  # queries in doubt are searched again
             per_query += 16 * (list_room(k, n_corpus) + k) + space.dtype.itemsize * space.n_features
         per_tile, fixed = 2 * per_tile + height * per_query, 2 * fixed  # twice: filtered, and direct
-        is_small = n_queries * n_corpus * space.n_features < SMALL
-        threads = 1 if is_small else max(1, min(thread_count(), budget // (fixed + per_tile)))
-        # Parts have lists of their own, and merging holds some copies of them.
+        in_lists = k * (1 + math.log(n_corpus / k)) if k else 0.0  # of rows in any order
+        each = n_corpus * space.n_features * space.dtype.itemsize / 4
+        work = (
+            n_queries * (each + LIST_WORK * in_lists) + READ_WORK * n_corpus * space.n_features * space.dtype.itemsize
+        )
+        threads = 1 if work < SMALL else max(1, min(thread_count(), budget // (fixed + per_tile)))
+        # Threads share the queries, and each packs the whole corpus; or the corpus, and each keeps lists of its own,
+        # which are merged, with some copies.
         in_parts = n_queries < 2 * threads * TASK_QUERIES and 8 * k * threads <= n_corpus
+        in_parts &= n_queries * k * LIST_PACKED < n_corpus * space.n_features
         in_parts &= 0 < 8 * threads * n_queries * k * 16 <= budget // 2
         step = -(-n_corpus // threads)
         self.parts = list(slices(n_corpus, step + -step % kernels.plan.panels.panel_rows if in_parts else n_corpus))
         share = (budget // 2 if in_parts else budget) // threads
         each = n_queries if in_parts else -(-n_queries // threads)
+        if not in_parts and threads > 1:
+            each = min(each, max(LEAST_QUERIES, -(-n_queries // (threads * TASKS))))
         tiles, _ = block_shape(
             -(-min(each, TASK_QUERIES) // height),
             1,
@@ -297,6 +319,10 @@ class _Tasks:
         )
         self.queries, self.threads, self.spare = tiles * height, threads, share - fixed - tiles * per_tile
         self.blocks = list(slices(n_queries, self.queries))
+
+    def share_panels(self, n_bytes: int) -> bool:
+        """Return whether blocks should share panels of the whole corpus that take so many bytes."""
+        return len(self.blocks) >= (2 if n_bytes <= SHARED_BYTES else SHARED_BLOCKS)
 
 
 class _LinearLoss:
@@ -345,7 +371,7 @@ class _LinearLoss:
             with lock:
                 running.__iadd__(sums[number])
 
-        threads = thread_count() if self._work * len(rows) >= SMALL else 1
+        threads = thread_count() if self._work * len(rows) >= SMALL_LOSS else 1
         run_tasks(task, range(len(self._chunks)), threads)
         # Not numpy's sum, which adds in an order that depends on the shape.
         losses = np.add.accumulate(sums)[-1]
@@ -366,7 +392,7 @@ def packed_within(budget: int, prepared: TileCorpus, kernels: TileKernels) -> Ti
 def packed(X: Array, kernels: LinearKernels) -> Panels:
     """Return the panels of samples."""
     n_panels = -(-len(X) // kernels.width)
-    threads = thread_count() if X.size >= SMALL else 1
+    threads = thread_count() if X.size >= SMALL_LOSS else 1
     parts = list(slices(n_panels, LOSS_PANELS))
     kept = np.zeros((n_panels, X.shape[1]), np.bool_)
     run_tasks(lambda part: kernels.mark(X, part.start, part.stop, kept), parts, threads)
@@ -394,30 +420,3 @@ def prepared_rows(rows: Array, space: Space) -> Array:
 def prepared_bytes(space: Space) -> int:
     """Return what is held to prepare one query."""
     return space.dtype.itemsize * space.n_features if is_scaled(space) else 0
-
-
-def run_tasks(task: Callable[[Any], Any], pieces: Iterable[Any], threads: int) -> None:
-    """Run `task` on all pieces, on some threads, of which this is one: it has its share done before another starts."""
-    left = deque(pieces)
-
-    def work() -> None:
-        while True:
-            try:
-                piece = left.popleft()
-            except IndexError:
-                return
-            try:
-                task(piece)
-            except BaseException:
-                left.clear()  # of Ctrl-C too: what runs ends, nothing more is started
-                raise
-
-    others = min(threads, len(left)) - 1
-    if others < 1:
-        work()
-        return
-    with ThreadPoolExecutor(others) as pool:
-        started = [pool.submit(work) for _ in range(others)]
-        work()
-        for one in started:
-            one.result()
