@@ -41,6 +41,9 @@ FILTERED_FEATURES = 64
 # A filter keeps at most one of so many rows: what keeping takes, it saves on few others.
 FILTERED_SHARE = 16
 
+# Features of all pairs, below which centring and proving take longer than a filter saves, unless it was packed before.
+FILTERED_PAIRS = 1 << 22
+
 # What a feature of a pair takes of the ceilings of `knnbench.measure.ceilings`, by operation.
 CEILINGS_OF: dict[str, dict[str, float]] = {
     "absolute-uint8": {"sad-uint8": 1},
@@ -173,6 +176,9 @@ class NumbaBackend(HostBackend):
         """Return the k nearest."""
         n_queries, n_corpus = len(queries), len(prepared)
         found_filter = _filter(space, k, n_corpus)
+        is_small = n_queries * n_corpus * space.n_features < FILTERED_PAIRS
+        if found_filter and is_small and not prepared.packed(tile_kernels(space, filtered=True)):
+            found_filter = None
         kernels = tile_kernels(space, filtered=found_filter is not None)
         tasks = _Tasks(kernels, space, n_queries, n_corpus, budget, k=k)
         if tasks.share_panels(kernels.packing_bytes(n_corpus, space.n_features)) and not prepared.packed(kernels):
