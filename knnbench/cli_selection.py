@@ -185,8 +185,7 @@ def show() -> None:
     table = Table(title=f"wisdom in {wisdom_path()}", title_justify="left", title_style="bold")
     for heading in ("backend", "op", "metric", "dtype", "data on", "from", "error, adversarial"):
         table.add_column(heading)
-    groups = dict.fromkeys([*known.own.samples, *known.shipped.samples])
-    for backend, op, metric, dtype, data_on in sorted(groups):
+    for backend, op, metric, dtype, data_on in known.groups:
         error = known.error(backend, metric, dtype)
         source = known.source((backend, op, metric, dtype, data_on))
         table.add_row(backend, op, metric, dtype, data_on, source, f"{error['adversarial']:.1e}" if error else "")
@@ -198,8 +197,7 @@ def check() -> None:
     """Say how much of the wisdom is of the versions installed; exit with 1 if some is not."""
     known = wisdom()
     stale = known.stale
-    fresh = sum(len(known.samples(group)) for group in known.own.samples)
-    out.print(f"{fresh} measurements of the versions installed, {len(stale)} of others", markup=False)
+    out.print(f"{len(known.fresh)} measurements of the versions installed, {len(stale)} of others", markup=False)
     for backend, version in sorted({(sample.backend, sample.version) for sample in stale}):
         out.print(f"  {backend}: measured with {version}", markup=False)
     if stale:

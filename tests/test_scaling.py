@@ -24,7 +24,9 @@ def known_costs(monkeypatch, tmp_path):
     monkeypatch.setenv("KNNBENCH_THREADS", "1")
     forget()
     samples = []
-    for n_queries, n_corpus, n_features in [(q, c, f) for q in (100, 10_000) for c in (1000, 10**6) for f in (16, 256)]:
+    for n_queries, n_corpus, n_features in [
+        (q, c, f) for q in (100, 1000, 10_000) for c in (1000, 10**6) for f in (16, 64, 256)
+    ]:
         problem = Problem("knn", n_queries, n_corpus, n_features, 10, "cityblock", "float32")
         samples.append(Sample("numba", backend_version("numba"), problem, {"call": 1e-9 * problem.work}))
     wisdom().add(samples, fit=True)
@@ -39,7 +41,7 @@ def test_searching_takes_what_the_cost_model_says(known_costs):
         assert found.compute_s == pytest.approx(1e-9 * work / (workers * threads), rel=0.25)
         low, high = found.interval()
         assert low < found.seconds < high
-        assert found.source == "8 measurements here"
+        assert found.source == "18 measurements here, 18 of its backend"
 
 
 def test_threads_of_the_measurements_are_counted(known_costs, monkeypatch):

@@ -20,7 +20,7 @@ from knnbench.cli import app
 from knnbench.selection import auto, measurement, regret, wisdom
 from knnbench.selection.calibration import QUICK, RANGES, Level, calibrate, shapes
 from knnbench.selection.candidates import Constraints, errors_of, sieve
-from knnbench.selection.costs import Cost, fit_terms, predict
+from knnbench.selection.costs import Cost, fit_terms, predict, rate_of
 from knnbench.selection.problem import Problem
 from knnbench.selection.regret import Outcome, outcomes, problems, summaries
 from knnbench.selection.wisdom import Sample, Wisdom, backend_version, wisdom_path
@@ -145,7 +145,7 @@ def choose(candidates, **options):
     return fastest_backend(**(SHAPE | options), candidates=candidates, clock=Clock())
 
 
-def samples_of(backend, rate, n=12, overhead=1e-5, op="knn", metric="euclidean", dtype="float32"):
+def samples_of(backend, rate, n=20, overhead=1e-5, op="knn", metric="euclidean", dtype="float32"):
     """Return samples of a backend that takes an overhead and so much for a feature of a pair."""
     found = []
     for size in shapes(op, n, seed=5):
@@ -325,8 +325,26 @@ def test_small_shapes_do_not_make_large_ones_look_free():
     large = replace(asked[0], n_queries=10_000, n_corpus=10_000, n_features=1000)
     best_rate = asked[-1].work / 1e-4
     terms = fit_terms("call", asked, seconds)
-    assert terms[5] * large.work == pytest.approx(large.work / best_rate / 4)
-    assert fit_terms("call", asked[-2:], seconds[-2:])[5] == pytest.approx(1 / best_rate)
+    rate = rate_of("call", asked[0])
+    assert terms[rate] * large.work == pytest.approx(large.work / best_rate / 4)
+    assert fit_terms("call", asked[-2:], seconds[-2:])[rate] == pytest.approx(1 / best_rate)
+
+
+def test_one_kind_of_computation_tells_of_another():
+    samples = samples_of("numpy", 3e-10, n=20, overhead=2e-4)
+    samples += samples_of("numpy", 9e-10, n=3, overhead=2e-4, metric="cityblock", dtype="uint8")
+    asked, seconds = [s.problem for s in samples], np.array([s.seconds["call"] for s in samples])
+    terms = fit_terms("call", asked, seconds)
+    cost = Cost("call", terms, asked, seconds)
+    small = replace(PROBLEM, metric="cityblock", dtype="uint8", n_queries=3)
+    assert cost.predict(small).seconds == pytest.approx(2e-4 + 9e-10 * small.work, rel=0.1)
+    assert cost.knows(small)
+    assert not cost.knows(replace(small, metric="chebyshev"))
+    # All of it took twice as long where another kind was measured.
+    near = Cost("call", terms, [asked[0]], 2 * seconds[:1])
+    other = replace(asked[0], metric="cityblock", dtype="uint8")
+    alone = Cost("call", terms, [], np.empty(0))
+    assert 1.2 < near.predict(other).seconds / alone.predict(other).seconds < 1.8
 
 
 def test_predictions_are_sure_only_near_what_was_measured():
@@ -338,11 +356,8 @@ def test_predictions_are_sure_only_near_what_was_measured():
 
 
 def test_a_corpus_is_prepared_where_that_pays():
-    asked = [PROBLEM]
-    zero = [0.0] * 7
-
     def constant(quantity, seconds):
-        return Cost(quantity, [seconds, *zero[1 : 3 if quantity == "prepare" else 7]], asked, np.array([seconds]))
+        return Cost(quantity, {"call": seconds, rate_of(quantity, PROBLEM): 0.0}, [PROBLEM], np.array([seconds]))
 
     costs = {"call": constant("call", 2.0), "prepare": constant("prepare", 10.0), "prepared": constant("prepared", 1.0)}
     assert predict(costs, PROBLEM, 1, 0.0).seconds == pytest.approx(2)
@@ -360,10 +375,10 @@ def test_wisdom_is_kept_between_processes(plant):
     wisdom.wisdom().add(samples_of("quick", 1e-8), [error], fit=True)
     again = Wisdom(wisdom_path())
     group = ("quick", *PROBLEM.group)
-    assert len(again.samples(group)) == 12
+    assert len(again.samples(group)) == 20
     assert again.error("quick", "euclidean", "float32")["adversarial"] == 1e-8
-    assert set(again.own.fits) == {group}
-    assert again.source(group) == "12 measurements here"
+    assert set(again.own.fits) == {("quick", "knn", "host")}
+    assert again.source(group) == "20 measurements here, 20 of its backend"
 
 
 def test_the_last_of_equal_samples_counts(plant):
@@ -473,7 +488,7 @@ def test_a_few_measurements_scale_the_defaults():
 
 def test_calibrating_makes_estimates_true(plant):
     names = plant(quick=Planted, steady=Steady)
-    level = Level(seconds=50.0, n_shapes=16, sample_s=1e-4, longest_s=0.1)
+    level = Level(seconds=50.0, n_shapes=16, sample_s=1e-4, longest_s=0.1, most_work=1e9)
     seen = list(calibrate(level, names, clock=Clock()))
     assert seen
     assert all(0 <= progress.done <= 1 for progress in seen)

@@ -1,5 +1,6 @@
 """Calibrating: measuring all backends on shapes that span what people use, so that estimates hold on this machine."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from .auto import forget_choices
 from .candidates import errors_of
 from .measurement import Clock, Search, measure
 from .problem import Problem
-from .wisdom import Sample, wisdom
+from .wisdom import wisdom
 
 __all__ = ["FULL", "QUICK", "Level", "Progress", "calibrate", "shapes"]
 
@@ -39,21 +40,24 @@ class Level:
     sample_s : float
         For each of the medians of a shape.
     longest_s : float
-        Of one call: larger shapes are left out.
+        Of one call: what a backend would take longer for is left out.
+    most_work : float
+        Features of all pairs of a shape.
     """
 
     seconds: float
     n_shapes: int
     sample_s: float
     longest_s: float
+    most_work: float
 
 
 # Seconds to wake the threads of a backend, and what they do meanwhile: enough work for all of them.
 WAKE_S = 0.5
 WAKING = ("knn", 64, 2000, 64, 3)
 
-QUICK = Level(seconds=45, n_shapes=6, sample_s=0.003, longest_s=0.015)
-FULL = Level(seconds=1800, n_shapes=28, sample_s=0.04, longest_s=0.6)
+QUICK = Level(seconds=45, n_shapes=8, sample_s=0.003, longest_s=0.015, most_work=5e8)
+FULL = Level(seconds=1800, n_shapes=28, sample_s=0.04, longest_s=0.6, most_work=5e10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ class Progress:
 
 
 def shapes(op: str, n_shapes: int, seed: int) -> list[tuple[int, int, int, int]]:
-    """Return shapes that span `RANGES` evenly in their logarithms, those of least work first.
+    """Return shapes that span `RANGES` evenly in their logarithms, any first ones of them too.
 
     Parameters
     ----------
@@ -89,8 +93,7 @@ def shapes(op: str, n_shapes: int, seed: int) -> list[tuple[int, int, int, int]]
     low, high = np.log(np.array(RANGES, np.float64)).T
     sizes = np.rint(np.exp(low + points * (high - low))).astype(int)
     sizes[:, 3] = np.minimum(sizes[:, 3], sizes[:, 1]) if op == "knn" else 0
-    rows = (tuple(int(size) for size in row) for row in sizes)
-    return sorted(((a, b, c, d) for a, b, c, d in rows), key=lambda shape: shape[0] * shape[1] * shape[2])
+    return [(int(a), int(b), int(c), int(d)) for a, b, c, d in sizes]
 
 
 def calibrate(
@@ -113,7 +116,7 @@ def calibrate(
     Progress
     """
     names = [name for name in backends or registry() if backend_status(name).ok]
-    last: dict[tuple[str, ...], Sample] = {}
+    rates: dict[tuple[str, str], float] = {}
     spent, done = 0.0, 0.0
     for half in (0, 1):  # the second sees another minute of a shared machine
         for name in names:
@@ -122,17 +125,19 @@ def calibrate(
             metric, dtype = _kinds(name)[0]
             Search(name, Problem(*WAKING, metric, dtype), clock).wake(WAKE_S)
             try:
-                for problem in _problems(name, level.n_shapes, half):
-                    before = last.get((name, *problem.group))
+                for problem, with_prepared in _problems(name, level, half):
                     if spent > done * level.seconds:
                         break
-                    if _is_too_large(problem, before, level.longest_s):
+                    # A small shape says little of what a large one takes, so the best rate counts.
+                    rate = rates.get((name, problem.metric), math.inf)
+                    if problem.work > rate * level.longest_s or not _fits(problem):
                         continue
                     begin = clock()
-                    sample = measure(name, problem, seconds=level.sample_s, clock=clock)
+                    sample = measure(name, problem, seconds=level.sample_s, with_prepared=with_prepared, clock=clock)
                     spent += clock() - begin - sample.start  # starting, which compiles, is no measuring
                     samples.append(sample)
-                    last[sample.group] = sample
+                    reached = problem.work / sample.seconds["call"]
+                    rates[name, problem.metric] = max(reached, rates.get((name, problem.metric), 0.0))
                     yield Progress(f"{name}: {problem}", max(begun, min(done, spent / level.seconds)))
             finally:  # after Ctrl-C too
                 wisdom().add(samples, fit=half == 1)
@@ -150,20 +155,31 @@ def _kinds(name: str) -> list[tuple[str, str]]:
     return [(metric, dtype) for dtype in filter(has[1], DTYPES) for metric in filter(has[0], METRICS)]
 
 
-def _problems(name: str, n_shapes: int, half: int) -> Iterator[Problem]:
-    """Return every second problem of a backend, of each kind those of least work first."""
-    for op, count in (("knn", n_shapes), ("pairwise", n_shapes // 2)):
-        sizes = shapes(op, count, seed=1)[half::2]
-        for metric, dtype in _kinds(name):
-            yield from (Problem(op, *size, metric, dtype) for size in sizes)
+def _problems(name: str, level: Level, half: int) -> Iterator[tuple[Problem, bool]]:
+    """Return every second problem of a backend, and whether to prepare it, too: those of least work of all kinds first.
+
+    Each kind has shapes of its own, the same for all backends, because one tells of the others (`costs.Cost`).
+    """
+    kinds = [(metric, dtype) for dtype in DTYPES for metric in METRICS]
+    for op, count in (("knn", level.n_shapes), ("pairwise", level.n_shapes // 2)):
+        every = [size for size in shapes(op, 8 * count * len(kinds), seed=1) if work_of(size) <= level.most_work]
+        own = {
+            kind: sorted(every[number * count : (number + 1) * count], key=work_of)[half::2]
+            for number, kind in enumerate(kinds)
+        }
+        for place in range(-(-count // 2)):
+            for kind in _kinds(name):
+                for size in own[kind][place : place + 1]:
+                    yield Problem(op, *size, *kind), place % 2 == half
 
 
-def _is_too_large(problem: Problem, before: Sample | None, longest_s: float) -> bool:
+def work_of(size: tuple[int, int, int, int]) -> int:
+    """Return the features of all pairs."""
+    return math.prod(size[:3])
+
+
+def _fits(problem: Problem) -> bool:
+    """Return whether the rows and the answer of a problem are small enough to be made."""
     row_bytes = problem.n_features * np.dtype(problem.dtype).itemsize
     answer = problem.n_queries * problem.n_corpus * 8 if problem.op == "pairwise" else 0
-    if (problem.n_queries + problem.n_corpus) * row_bytes + answer > BYTES:
-        return True
-    if before is None:
-        return False
-    growth = max(1.0, problem.work / before.problem.work)
-    return before.seconds["call"] * growth > longest_s
+    return (problem.n_queries + problem.n_corpus) * row_bytes + answer <= BYTES

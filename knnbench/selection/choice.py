@@ -14,6 +14,7 @@ from knnbench.blocking import check_budget
 from knnbench.dtypes import computed_dtype
 from knnbench.errors import InvalidInputError, UnknownBackendError, UnsupportedError
 from knnbench.metrics import get_metric
+from knnbench.threads import kept_apart
 
 from .auto import forget_choices
 from .candidates import Constraints, errors_of, sieve
@@ -43,8 +44,10 @@ WAKE_S = 0.2
 # Features of pairs a second, of backends of which nothing is known: a slow one's.
 UNKNOWN_RATE = 5e7
 
-# Rounds after which more would say little.
+# Rounds after which more would say little, and seconds of a backend's turn in each, at the least: of what takes less, a
+# single call says more of what the one before it left in the caches.
 ROUNDS = 9
+TURN_S = 0.002
 
 MOST_CALLS = 1 << 40
 
@@ -309,7 +312,7 @@ class _Race:
     Attributes
     ----------
     times : dict of str to list of float
-        Seconds of the calls of each backend; of one that was started now, not those of the first.
+        Seconds of a call of each backend in each of its turns, and of a long first call that started nothing.
     failed : dict of str to str
         What could not compute, and why.
     """
@@ -334,11 +337,22 @@ class _Race:
                 self.failed[name] = f"failed as it was measured: {type(error).__name__}: {error}"
                 continue
             self._searches[name] = search
-            self.times[name] = [first] if was_started else []
+            self.times[name] = [first] if was_started and first >= TURN_S else []
             if not was_started:  # starting is no measuring
                 begun = self._clock()
                 search.wake(min(WAKE_S, self._seconds / 4))
                 self._end += first + self._clock() - begun
+
+    def _turn(self, name: str) -> float:
+        """Return the median seconds of as many calls as fill a turn."""
+        search = self._searches[name]
+        times: list[float] = []
+        if self.times[name] and self.times[name][-1] < TURN_S:  # others had the CPUs meanwhile
+            with kept_apart():
+                search.call()
+        while not times or sum(times) < TURN_S:
+            times.append(max(search.call(), 1e-9))
+        return float(np.median(times))
 
     def run(self) -> None:
         """Measure in rounds until the time is spent; each backend is measured once at the least."""
@@ -347,7 +361,7 @@ class _Race:
             for name in going:
                 if self._clock() > self._end and all(self.times[other] for other in going):
                     return
-                self.times[name].append(self._searches[name].call())
+                self.times[name].append(self._turn(name))
             medians = {name: float(np.median(self.times[name])) for name in going}
             ahead = sorted(going, key=lambda name: medians[name])
             if self._seconds < math.inf:
@@ -397,7 +411,7 @@ def _decide(
         errors=errors,
         crossover_calls=calls_from,
         provenance={
-            name: f"measured now, {len(measured[name])} calls" if name in measured
+            name: f"measured now, {len(measured[name])} times" if name in measured
             else wisdom().source((name, *problem.group))
             for name in ranked
         },

@@ -1,9 +1,12 @@
 """What a call costs on this machine, from measurements: a sum of terms, and what the shapes near by took beside it.
 
-The seconds of a call are modelled by non-negative costs of the terms in `TERMS`, fitted so that relative errors count
-and single odd measurements do not. What remains, the logarithm of measured over modelled seconds, follows the shape
-smoothly (blocks that no longer fit a cache, threads that begin to pay) and is interpolated between the shapes measured
-[1]_, which also says how far a prediction may be off: little near them, much far away.
+The seconds of a call are modelled by non-negative costs of terms, fitted so that relative errors count and single odd
+measurements do not. All metrics and dtypes of a backend share `TERMS`: what a call, a query or a neighbour costs hardly
+depends on them. What a feature of a pair costs does, so each kind has a rate of its own (`RATED`).
+
+What remains, the logarithm of measured over modelled seconds, follows the shape smoothly (blocks that no longer fit a
+cache, threads that begin to pay) and is interpolated between the shapes measured [1]_, which also says how far a
+prediction may be off: little near them, much far away. Measurements of another metric or dtype tell something, too.
 
 References
 ----------
@@ -11,9 +14,8 @@ References
    and 2.26.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -21,32 +23,42 @@ from knnbench.dtypes import Array
 
 from .problem import Problem
 
-__all__ = ["ENOUGH", "QUANTITIES", "TERMS", "Cost", "Prediction", "fit_terms", "predict"]
+__all__ = ["ENOUGH", "QUANTITIES", "RATED", "TERMS", "Cost", "Prediction", "fit_terms", "predict", "rate_of"]
 
 # What each part of a cost is proportional to. `call` is a call with a corpus as it is given, `prepare` prepares a
 # corpus, and `prepared` is a call with the result.
-_CALL: dict[str, Callable[[Problem], float]] = {
+Size = Callable[[Problem], float]
+_CALL: dict[str, Size] = {
     "call": lambda p: 1.0,
     "query": lambda p: p.n_queries,
     "query feature": lambda p: p.n_queries * p.n_features,
     "corpus feature": lambda p: p.n_corpus * p.n_features,
     "pair": lambda p: p.n_queries * p.n_corpus,
-    "pair feature": lambda p: p.work,
     "insertion": lambda p: p.n_queries * p.k * np.log2(1 + p.n_corpus / p.k) if p.k else 0.0,
 }
-_PREPARE = {name: _CALL[name] for name in ("call", "corpus feature")} | {"corpus row": lambda p: float(p.n_corpus)}
-TERMS: dict[str, dict[str, Callable[[Problem], float]]] = {"call": _CALL, "prepared": _CALL, "prepare": _PREPARE}
+_PREPARE: dict[str, Size] = {"call": lambda p: 1.0, "corpus row": lambda p: float(p.n_corpus)}
+TERMS: dict[str, dict[str, Size]] = {"call": _CALL, "prepared": _CALL, "prepare": _PREPARE}
 QUANTITIES = tuple(TERMS)
 
-# From so many measurements on, terms are fitted. Fewer cannot tell one term from another: all is laid to the one that
-# grows the most, so that a small shape does not make a large one look cheap. Of the measurement with the best rate, at
-# least this share is laid to it in any case: no shape that was measured may have shown it.
+# What grows the most, and costs each metric and dtype something else.
+RATED: dict[str, tuple[str, Size]] = {
+    "call": ("pair feature", lambda p: p.work),
+    "prepared": ("pair feature", lambda p: p.work),
+    "prepare": ("corpus feature", lambda p: p.n_corpus * p.n_features),
+}
+
+# From so many measurements on, terms are fitted. Fewer cannot tell one term from another: all is laid to what grows the
+# most, so that a small shape does not make a large one look cheap. Of the measurement with the best rate of its kind,
+# at least this share is laid to it in any case: no shape that was measured may have shown it.
 ENOUGH = 6
 LEAST_SHARE = 1 / 4
-DOMINANT = {"call": "pair feature", "prepared": "pair feature", "prepare": "corpus feature"}
 
-# Decades of a size over which a deviation from the terms is believed to be the same.
-LENGTH = 0.7
+# Decades of a size over which a deviation from the terms is believed to be the same, and how much of it is of another
+# metric, or of another dtype. Of 0.5, 0.7 and 1 decade, 1 chose best on 60 shapes never measured; 0.5 to 0.95 of the
+# relation made no difference (two cores of Zen 5).
+LENGTH = 1.0
+OTHER_METRIC = 0.8
+OTHER_DTYPE = 0.8
 
 # Of the logarithm of repeated measurements on a shared machine, and the least deviation that is expected elsewhere.
 NOISE = 0.08
@@ -59,6 +71,9 @@ CAUTION = 0.5
 # A measurement so far off, as a share of what the terms give, counts half in the next fit.
 ODD = 0.3
 FITS = 5
+
+# What holds costs down that the measurements say nothing of, as a share of one of them.
+HELD = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,45 +97,59 @@ class Prediction:
         return self.seconds / factor, self.seconds * factor
 
 
-def fit_terms(quantity: str, problems: list[Problem], seconds: Array) -> list[float]:
-    """Return the costs of the terms that fit measured seconds best, each at least 0.
+def rate_of(quantity: str, problem: Problem) -> str:
+    """Return the name of the rate of a problem's kind."""
+    return f"{RATED[quantity][0]} {problem.group[1]} {problem.dtype}"
+
+
+def fit_terms(quantity: str, problems: list[Problem], seconds: Array) -> dict[str, float]:
+    """Return the costs of terms and rates that fit measured seconds best, in seconds, each at least 0.
 
     Parameters
     ----------
     quantity : {"call", "prepared", "prepare"}
     problems : list of Problem
+        Of one backend.
     seconds : (n,) array of float64
+
+    Returns
+    -------
+    dict of str to float
+        By the names of `TERMS`, and of `rate_of` for each kind that there is.
     """
     from scipy.optimize import nnls
 
+    rates = list(dict.fromkeys(rate_of(quantity, problem) for problem in problems))
+    names = [*TERMS[quantity], *rates]
     # Divided by what was measured: a microsecond counts on a small shape as a second does on a large one.
-    matrix = _terms(quantity, problems) / seconds[:, None]
-    is_dominant = np.array([name == DOMINANT[quantity] for name in TERMS[quantity]])
-    dominant = is_dominant / matrix[:, is_dominant].max()
-    if len(seconds) < ENOUGH:
-        return [float(cost) for cost in dominant]
-    least = LEAST_SHARE * dominant
-    goal = 1 - matrix @ least
+    matrix = _terms(quantity, problems, names) / seconds[:, None]
+    is_rate = np.array([name in rates for name in names])
     scale = matrix.max(axis=0)
     scale[scale == 0] = 1.0
+    best = is_rate / scale
+    if len(seconds) < ENOUGH:
+        return dict(zip(names, map(float, best), strict=True))
+    least = LEAST_SHARE * best
+    goal, held = 1 - matrix @ least, HELD * np.eye(len(names))
     weights = np.ones(len(seconds))
     for _ in range(FITS):
-        costs, _ = nnls(matrix / scale * weights[:, None], goal * weights)
+        weighted = np.concatenate([matrix / scale * weights[:, None], held])
+        costs, _ = nnls(weighted, np.concatenate([goal * weights, np.zeros(len(names))]))
         off = matrix / scale @ costs - goal
         weights = 1 / np.sqrt(1 + (off / ODD) ** 2)
-    return [float(cost) for cost in costs / scale + least]
+    return dict(zip(names, map(float, costs / scale + least), strict=True))
 
 
 class Cost:
-    """The seconds of one quantity of one backend, for one kind of computation.
+    """The seconds of one quantity of one backend.
 
     Parameters
     ----------
     quantity : {"call", "prepared", "prepare"}
-    costs : sequence of float
-        Of the terms, in seconds.
+    costs : mapping of str to float
+        From `fit_terms`.
     problems : list of Problem
-        That were measured.
+        That were measured, of kinds that have a rate.
     seconds : (n,) array of float64
         What they took.
     factor : float
@@ -128,27 +157,39 @@ class Cost:
     """
 
     def __init__(
-        self, quantity: str, costs: Iterable[float], problems: list[Problem], seconds: Array, factor: float = 1.0
+        self, quantity: str, costs: Mapping[str, float], problems: list[Problem], seconds: Array, factor: float = 1.0
     ) -> None:
-        self._quantity, self._costs, self._factor = quantity, np.array(list(costs)), factor
-        self._places = _places(problems)
-        left = np.log(seconds / np.maximum(_terms(quantity, problems) @ self._costs, 1e-12))
+        self._quantity, self._costs, self._factor = quantity, costs, factor
+        self._places, self._kinds = _places(problems), _kinds(problems)
+        left = np.log(seconds / np.maximum(self._modelled(problems), 1e-12))
         self._deviation = max(LEAST_DEVIATION, float(np.sqrt(np.mean(left**2))) if len(left) else 0.0)
-        covariance = self._covariance(self._places, self._places) + NOISE**2 * np.eye(len(left))
+        covariance = self._covariance(self._places, self._kinds) + NOISE**2 * np.eye(len(left))
         self._inverse = np.linalg.inv(covariance)
         self._weights = self._inverse @ left
 
+    def knows(self, problem: Problem) -> bool:
+        """Return whether the kind of a problem has a rate."""
+        return rate_of(self._quantity, problem) in self._costs
+
     def predict(self, problem: Problem) -> Prediction:
-        """Return what a computation takes."""
-        near = self._covariance(_places([problem]), self._places)[0]
-        modelled = float(_terms(self._quantity, [problem])[0] @ self._costs)
+        """Return what a computation takes, of a kind that is known."""
+        near = self._covariance(_places([problem]), _kinds([problem]))[0]
         spread = self._deviation**2 - float(near @ self._inverse @ near)
+        modelled = float(self._modelled([problem])[0])
         seconds = max(modelled, 1e-9) * float(np.exp(near @ self._weights)) * self._factor
         return Prediction(seconds, float(np.sqrt(max(spread, 0.0) + NOISE**2)))
 
-    def _covariance(self, first: Array, second: Array) -> Array:
-        squares: Array = ((first[:, None] - second[None]) ** 2).sum(axis=2)
-        return self._deviation**2 * np.exp(-squares / (2 * LENGTH**2))
+    def _modelled(self, problems: list[Problem]) -> Array:
+        costs = np.array(list(self._costs.values()))
+        found: Array = _terms(self._quantity, problems, list(self._costs)) @ costs
+        return found
+
+    def _covariance(self, places: Array, kinds: Array) -> Array:
+        """Return the covariances of some problems with those that were measured."""
+        squares = ((places[:, None] - self._places[None]) ** 2).sum(axis=2)
+        related = np.where(kinds[:, None] == self._kinds[None], 1.0, (OTHER_METRIC, OTHER_DTYPE)).prod(axis=2)
+        found: Array = self._deviation**2 * related * np.exp(-squares / (2 * LENGTH**2))
+        return found
 
 
 def predict(costs: Mapping[str, Cost], problem: Problem, calls: int, start: float) -> Prediction:
@@ -172,12 +213,22 @@ def predict(costs: Mapping[str, Cost], problem: Problem, calls: int, start: floa
     return Prediction(start + best.seconds, best.spread)
 
 
-def _terms(quantity: str, problems: list[Problem]) -> Array:
-    rows: list[Any] = [[term(problem) for term in TERMS[quantity].values()] for problem in problems]
-    return np.array(rows, np.float64).reshape(len(problems), len(TERMS[quantity]))
+def _terms(quantity: str, problems: list[Problem], names: list[str]) -> Array:
+    """Return what each named cost of each problem is proportional to, (n_problems, n_names)."""
+    terms, (_, rated) = TERMS[quantity], RATED[quantity]
+    rows: list[list[float]] = []
+    for problem in problems:
+        rate = rate_of(quantity, problem)
+        rows.append([terms[n](problem) if n in terms else rated(problem) if n == rate else 0.0 for n in names])
+    return np.array(rows, np.float64).reshape(len(problems), len(names))
 
 
 def _places(problems: list[Problem]) -> Array:
     """Return where problems lie: the decimal logarithms of their sizes."""
     sizes = [(p.n_queries, p.n_corpus, p.n_features, 1 + p.k) for p in problems]
     return np.log10(np.array(sizes, np.float64).reshape(len(problems), 4))
+
+
+def _kinds(problems: list[Problem]) -> Array:
+    """Return metrics and dtypes of problems."""
+    return np.array([problem.group[1:3] for problem in problems]).reshape(len(problems), 2)

@@ -10,6 +10,7 @@ import numpy as np
 from knnbench.api import knn, pairwise, prepare
 from knnbench.backends import get_backend
 from knnbench.dtypes import Array
+from knnbench.threads import kept_apart
 
 from .problem import Problem
 from .wisdom import Sample, backend_version
@@ -85,9 +86,10 @@ class Search:
 
         On two CPUs that made the first calls of OpenMP's and OpenBLAS's pools take ten times as long as later ones.
         """
-        spent, n_calls = self.call(), 1
-        while spent < seconds and n_calls < MOST_CALLS:
-            spent, n_calls = spent + self.call(), n_calls + 1
+        spent, n_calls = self.call(), 1  # which starts what is not there
+        with kept_apart():
+            while spent < seconds and n_calls < MOST_CALLS:
+                spent, n_calls = spent + self.call(), n_calls + 1
 
     def prepare(self) -> tuple[float, Any]:
         """Return the seconds to prepare the corpus, and the result."""
@@ -97,7 +99,9 @@ class Search:
         return self._clock() - begin, prepared
 
 
-def measure(backend: str, problem: Problem, *, seconds: float, clock: Clock = time.perf_counter) -> Sample:
+def measure(
+    backend: str, problem: Problem, *, seconds: float, with_prepared: bool = True, clock: Clock = time.perf_counter
+) -> Sample:
     """Measure a call, preparing, and a prepared call: the least of as many as some seconds allow, two at the least.
 
     The least, because what others take of a shared machine is only ever added; a prediction is no result to report.
@@ -108,23 +112,29 @@ def measure(backend: str, problem: Problem, *, seconds: float, clock: Clock = ti
     problem : Problem
     seconds : float
         For each of the three.
+    with_prepared : bool
+        Whether to measure more than the call.
     clock : callable
         Gives seconds.
     """
     was_started = is_started(backend, problem)
     search = Search(backend, problem, clock)
     call, start = _least(search.call, seconds)
-    once, of_prepare = _least(lambda: search.prepare()[0], seconds / 2)
-    prepared = search.prepare()[1]
-    then, of_prepared = _least(lambda: search.call(prepared), seconds)
-    found = {"call": max(call, 1e-9), "prepare": max(once, 1e-9), "prepared": max(then, 1e-9)}
-    starting = 0.0 if was_started else start + of_prepare + of_prepared
-    return Sample(backend, backend_version(backend), problem, found, starting)
+    found, starting = {"call": call}, start
+    if with_prepared:
+        found["prepare"], of_prepare = _least(lambda: search.prepare()[0], seconds / 2)
+        prepared = search.prepare()[1]
+        found["prepared"], of_prepared = _least(lambda: search.call(prepared), seconds)
+        starting += of_prepare + of_prepared
+    found = {quantity: max(least, 1e-9) for quantity, least in found.items()}
+    return Sample(backend, backend_version(backend), problem, found, 0.0 if was_started else starting)
 
 
 def _least(function: Callable[[], float], seconds: float) -> tuple[float, float]:
-    """Return the least of calls until they fill some seconds, or are 9; and what the first took beyond the second."""
-    times = [function(), function()]
+    """Return the least of calls until they fill some seconds, or are 9; and what the first took beyond the least."""
+    first = function()
+    with kept_apart():
+        times = [function()]
     while sum(times) < seconds and len(times) < 9:
         times.append(function())
-    return min(times), max(0.0, times[0] - times[1])
+    return min(times), max(0.0, first - min(times))

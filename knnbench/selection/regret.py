@@ -10,8 +10,9 @@ import numpy as np
 
 from knnbench.backends import backend_status, registry
 from knnbench.measure.timer import settle
+from knnbench.threads import kept_apart
 
-from .calibration import shapes
+from .calibration import shapes, work_of
 from .candidates import Constraints, sieve
 from .choice import Choice, fastest_backend
 from .measurement import Clock, Search
@@ -112,7 +113,8 @@ def problems(n_problems: int, seed: int, work: float = 2e9) -> list[Problem]:
     """
     rng = random.Random(seed)
     found: list[Problem] = []
-    for n_queries, n_corpus, n_features, k in shapes("knn", 8 * n_problems, seed=1_000_003 + seed):
+    sizes = shapes("knn", 8 * n_problems, seed=1_000_003 + seed)
+    for n_queries, n_corpus, n_features, k in sorted(sizes, key=work_of):
         metric = rng.choice(("euclidean", "cityblock", "chebyshev", "cosine", "sqeuclidean"))
         dtype = rng.choice(("float32", "float32", "uint8", "float64"))
         problem = Problem("knn", n_queries, n_corpus, n_features, k, metric, dtype)
@@ -212,9 +214,10 @@ def _loops(name: str, problem: Problem) -> bool:
 def _sample(call: Callable[[], float]) -> float:
     """Return the mean seconds of as many calls as fill a sample, after as many that wake what sleeps."""
     spent = once = call()
-    while spent < SAMPLE_S:
-        once = call()
-        spent += max(once, 1e-7)
+    with kept_apart():
+        while spent < SAMPLE_S:
+            once = call()
+            spent += max(once, 1e-7)
     if once > 2 * SAMPLE_S:
         return once
     n_calls = int(np.ceil(SAMPLE_S / max(once, 1e-7)))

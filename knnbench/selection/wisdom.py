@@ -26,19 +26,27 @@ import numpy as np
 from knnbench.backends import registry, version_of
 from knnbench.threads import thread_count
 
-from .costs import ENOUGH, QUANTITIES, TERMS, Cost, fit_terms
+from .costs import ENOUGH, QUANTITIES, Cost, fit_terms, rate_of
 from .problem import Problem
 
 __all__ = ["Sample", "Wisdom", "backend_version", "forget", "machine_key", "wisdom", "wisdom_path"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 WISDOM_VARIABLE = "KNNBENCH_WISDOM"
 
-# As how many measurements of a kind of computation those of the backend's other kinds count.
-BELIEVED = 3
+# From so many measurements of a backend on, the defaults are left out. Fewer are of shapes that someone asked for, and
+# say little of others.
+SUFFICIENT = 18
+
+# Of a backend's measurements the last so many count: a prediction looks at all of them.
+MOST_SAMPLES = 400
 
 Group = tuple[str, ...]
+"""A backend and a kind of computation: ``(backend, op, metric, dtype, data_on)``."""
+
+Pool = tuple[str, str, str]
+"""What is fitted as one: ``(backend, op, data_on)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,11 @@ class Sample:
         """The backend and the kind of computation."""
         return self.backend, *self.problem.group
 
+    @property
+    def pool(self) -> Pool:
+        """What it is fitted with."""
+        return pool_of(self.group)
+
     def to_dict(self) -> dict[str, Any]:
         """Return what a line holds."""
         kind = {"backend": self.backend, "version": self.version, **asdict(self.problem)}
@@ -82,6 +95,11 @@ class Sample:
         return cls(str(line["backend"]), str(line["version"]), problem, seconds, float(line["start"]))
 
 
+def pool_of(group: Group) -> Pool:
+    """Return the pool of a group."""
+    return group[0], group[1], group[4]
+
+
 @functools.cache
 def backend_version(name: str) -> str:
     """Return what decides how fast and how exact a backend is: its library, and for ours knnbench; numpy's BLAS."""
@@ -95,6 +113,11 @@ def backend_version(name: str) -> str:
     if not registration.peer:
         parts.append(f"knnbench {__version__}")
     return ", ".join(dict.fromkeys(parts))
+
+
+def is_current(sample: Sample) -> bool:
+    """Return whether a sample is of the version installed."""
+    return sample.backend in registry() and sample.version == backend_version(sample.backend)
 
 
 def machine_facts() -> dict[str, Any]:
@@ -135,7 +158,7 @@ class Wisdom:
         if path is not None and path.exists():
             self._read(path)
         self._costs: dict[Group, dict[str, Cost]] = {}
-        self._factors: dict[str, float] = {}
+        self._pooled: dict[Pool, dict[str, tuple[Cost | None, Cost | None]]] = {}
 
     def _read(self, path: Path) -> None:
         header, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
@@ -157,15 +180,25 @@ class Wisdom:
 
     def samples(self, group: Group) -> list[Sample]:
         """Return this machine's samples of a kind, of the versions installed."""
-        found = self.own.samples.get(group, {}).values()
-        return [sample for sample in found if sample.version == backend_version(group[0])]
+        return [sample for sample in self._pool(pool_of(group)) if sample.group == group]
+
+    def _pool(self, pool: Pool) -> list[Sample]:
+        return [s for s in self.own.samples.get(pool, {}).values() if is_current(s)][-MOST_SAMPLES:]
+
+    @property
+    def groups(self) -> list[Group]:
+        """All that there are measurements of, here or by default, of any version."""
+        return sorted({sample.group for lines in (self.own, self.shipped) for sample in lines})
+
+    @property
+    def fresh(self) -> list[Sample]:
+        """The samples of the versions installed."""
+        return [sample for sample in self.own if is_current(sample)]
 
     @property
     def stale(self) -> list[Sample]:
         """The samples of other versions than those installed."""
-        every = (sample for of_group in self.own.samples.values() for sample in of_group.values())
-        known = registry()
-        return [s for s in every if s.backend not in known or s.version != backend_version(s.backend)]
+        return [sample for sample in self.own if not is_current(sample)]
 
     def costs(self, group: Group) -> dict[str, Cost]:
         """Return the costs of a backend on a kind of computation by quantity; empty where nothing is known."""
@@ -175,52 +208,49 @@ class Wisdom:
 
     def start(self, group: Group) -> float:
         """Return the seconds that the first call of a process takes beyond those of any other."""
-        every = [*self.shipped.samples.get(group, {}).values(), *self.samples(group)]
+        every = [*self._shipped(group), *self.samples(group)]
         return next((sample.start for sample in reversed(every) if sample.start), 0.0)
 
     def threads(self, group: Group) -> int:
         """Return the threads of the calls that the costs of a group are of."""
-        return thread_count() if self.samples(group) or group not in self.shipped.samples else self.shipped_threads
+        return thread_count() if self.samples(group) or not self._shipped(group) else self.shipped_threads
 
     def source(self, group: Group) -> str:
         """Return where the costs of a group come from."""
-        n_samples = len(self.samples(group))
-        here = f"{n_samples} measurement{'s' if n_samples != 1 else ''} here"
-        if n_samples >= ENOUGH or group not in self.shipped.samples:
+        n_kind, n_all = len(self.samples(group)), len(self._pool(pool_of(group)))
+        here = f"{n_kind} measurement{'s' if n_kind != 1 else ''} here, {n_all} of its backend"
+        if (n_kind and n_all >= SUFFICIENT) or not self._shipped(group):
             return here
-        return f"defaults from {self.shipped_on}" + (f", scaled by {here}" if n_samples else "")
+        return f"defaults from {self.shipped_on}" + (f", scaled by {here}" if n_all else "")
+
+    def _shipped(self, group: Group) -> list[Sample]:
+        return [s for s in self.shipped.samples.get(pool_of(group), {}).values() if s.group == group]
 
     def _find_costs(self, group: Group) -> dict[str, Cost]:
-        own, shipped = self.samples(group), list(self.shipped.samples.get(group, {}).values())
+        """Return costs from what was measured here if that is enough, and of this kind; otherwise from the defaults."""
+        problem = Problem(group[1], 1, 1, 1, 1, *group[2:])
         result = {}
-        for quantity in QUANTITIES:
-            measured = [sample for sample in own if quantity in sample.seconds]
-            if len(measured) >= ENOUGH or not shipped:
-                if measured:
-                    result[quantity] = _cost(quantity, measured, self.own.fits.get(group, {}))
-                continue
-            fit, defaults = self.shipped.fits.get(group, {}), [s for s in shipped if quantity in s.seconds]
-            if not defaults:
-                continue
-            default = _cost(quantity, defaults, fit)
-            factor = self._factor(group[0])
-            if measured:
-                logs = [float(np.log(s.seconds[quantity] / default.predict(s.problem).seconds)) for s in measured]
-                factor = float(np.exp((sum(logs) + BELIEVED * np.log(factor)) / (len(logs) + BELIEVED)))
-            result[quantity] = _cost(quantity, defaults, fit, measured, factor)
+        for quantity, (here, default) in self._costs_of(pool_of(group)).items():
+            known = [cost for cost in (here, default) if cost is not None and cost.knows(problem)]
+            if known:
+                result[quantity] = known[0]
         return result
 
-    def _factor(self, backend: str) -> float:
-        """Return how much longer calls of a backend take here than on the machine of the defaults."""
-        if backend not in self._factors:
-            logs = []
-            for group, shipped in self.shipped.samples.items():
-                own = self.samples(group) if group[0] == backend else []
-                if own:
-                    default = _cost("call", list(shipped.values()), self.shipped.fits.get(group, {}))
-                    logs += [float(np.log(s.seconds["call"] / default.predict(s.problem).seconds)) for s in own]
-            self._factors[backend] = float(np.exp(np.median(logs))) if logs else 1.0
-        return self._factors[backend]
+    def _costs_of(self, pool: Pool) -> dict[str, tuple[Cost | None, Cost | None]]:
+        """Return, by quantity, the cost from here, and from the defaults, corrected by what was measured here."""
+        if pool not in self._pooled:
+            self._pooled[pool] = {}
+            shipped = list(self.shipped.samples.get(pool, {}).values())
+            for quantity in QUANTITIES:
+                own = [sample for sample in self._pool(pool) if quantity in sample.seconds]
+                defaults = [sample for sample in shipped if quantity in sample.seconds]
+                here = default = None
+                if own and (len(own) >= SUFFICIENT or not defaults):
+                    here = _cost(quantity, own, self.own.fits.get(pool, {}))
+                if defaults:
+                    default = _cost(quantity, defaults, self.shipped.fits.get(pool, {}), own)
+                self._pooled[pool][quantity] = here, default
+        return self._pooled[pool]
 
     def error(self, backend: str, metric: str, dtype: str) -> dict[str, Any] | None:
         """Return what is known of the error of the version installed: its ordinary and adversarial error, a reason."""
@@ -246,24 +276,27 @@ class Wisdom:
             self.own.take(fits)
             new += fits
         self._costs.clear()
-        self._factors.clear()
+        self._pooled.clear()
         if new and self.path is not None:
             append(self.path, new)
 
     def _fits(self) -> Iterator[str]:
-        for group in self.own.samples:
-            own = self.samples(group)
+        for pool in self.own.samples:
+            own = self._pool(pool)
             if len(own) >= ENOUGH:
-                yield json.dumps({"fit": fit_line(group, own)})
+                yield json.dumps({"fit": fit_line(pool, own)})
 
 
 class _Lines:
     """Lines of a file, by what they are about; the last of equal ones counts."""
 
     def __init__(self) -> None:
-        self.samples: dict[Group, dict[Any, Sample]] = {}
-        self.fits: dict[Group, dict[str, Any]] = {}
+        self.samples: dict[Pool, dict[Any, Sample]] = {}
+        self.fits: dict[Pool, dict[str, Any]] = {}
         self.errors: dict[tuple[str, str, str], dict[str, Any]] = {}
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (sample for of_pool in self.samples.values() for sample in of_pool.values())
 
     def take(self, lines: Iterable[str]) -> None:
         for text in lines:
@@ -272,9 +305,12 @@ class _Lines:
             line = json.loads(text)
             if "sample" in line:
                 sample = Sample.from_dict(line["sample"])
-                self.samples.setdefault(sample.group, {})[sample.version, sample.problem] = sample
+                of_pool = self.samples.setdefault(sample.pool, {})
+                of_pool.pop((sample.version, sample.problem), None)  # the last one is also the newest
+                of_pool[sample.version, sample.problem] = sample
             elif "fit" in line:
-                self.fits[tuple(line["fit"]["group"])] = line["fit"]
+                backend, op, data_on = line["fit"]["pool"]
+                self.fits[backend, op, data_on] = line["fit"]
             elif "error" in line:
                 error = line["error"]
                 self.errors[error["backend"], error["metric"], error["dtype"]] = error
@@ -293,26 +329,38 @@ def _shipped() -> tuple[str, int, _Lines]:
     return machine["cpu"], machine["threads"], found
 
 
-def fit_line(group: Group, samples: list[Sample]) -> dict[str, Any]:
+def fit_line(pool: Pool, samples: list[Sample]) -> dict[str, Any]:
     """Return the costs of the terms fitted to samples, as a line holds them."""
-    line: dict[str, Any] = {"group": list(group), "version": samples[0].version}
+    line: dict[str, Any] = {"pool": list(pool), "version": samples[0].version}
     for quantity in QUANTITIES:
         measured = [sample for sample in samples if quantity in sample.seconds]
         if len(measured) >= ENOUGH:
-            seconds = np.array([sample.seconds[quantity] for sample in measured])
-            line[quantity] = fit_terms(quantity, [sample.problem for sample in measured], seconds)
+            line[quantity] = fit_terms(quantity, *_measured(quantity, measured))
     return line
 
 
-def _cost(
-    quantity: str, samples: list[Sample], fit: dict[str, Any], here: Sequence[Sample] = (), factor: float = 1.0
-) -> Cost:
-    """Return a cost from samples, or from another machine's, which took a factor less, and a few from here."""
-    seconds = np.array([s.seconds[quantity] for s in samples] + [s.seconds[quantity] / factor for s in here])
-    problems = [sample.problem for sample in (*samples, *here)]
-    is_fitted = len(fit.get(quantity, ())) == len(TERMS[quantity]) and fit.get("version") == samples[0].version
-    terms = fit[quantity] if is_fitted else fit_terms(quantity, problems[: len(samples)], seconds[: len(samples)])
-    return Cost(quantity, terms, problems, seconds, factor)
+def _cost(quantity: str, samples: list[Sample], fit: dict[str, Any], here: Sequence[Sample] = ()) -> Cost:
+    """Return a cost from samples; or from another machine's, and some from here, which took a factor longer."""
+    problems, seconds = _measured(quantity, samples)
+    terms = fit.get(quantity)
+    if not terms or fit["version"] != samples[0].version or not _has_all(terms, quantity, problems):
+        terms = fit_terms(quantity, problems, seconds)
+    cost = Cost(quantity, terms, problems, seconds)
+    own = [sample for sample in here if cost.knows(sample.problem)]
+    if not own:
+        return cost
+    places, took = _measured(quantity, own)
+    logs = [float(np.log(t / cost.predict(problem).seconds)) for problem, t in zip(places, took, strict=True)]
+    factor = float(np.exp(np.median(logs)))
+    return Cost(quantity, terms, problems + places, np.concatenate([seconds, took / factor]), factor)
+
+
+def _measured(quantity: str, samples: list[Sample]) -> tuple[list[Problem], Any]:
+    return [sample.problem for sample in samples], np.array([sample.seconds[quantity] for sample in samples])
+
+
+def _has_all(terms: dict[str, float], quantity: str, problems: list[Problem]) -> bool:
+    return all(rate_of(quantity, problem) in terms for problem in problems)
 
 
 def append(path: Path, lines: list[str]) -> None:
