@@ -20,7 +20,7 @@ from knnbench.cli import app
 from knnbench.selection import auto, measurement, regret, wisdom
 from knnbench.selection.calibration import QUICK, RANGES, Level, calibrate, shapes
 from knnbench.selection.candidates import Constraints, errors_of, sieve
-from knnbench.selection.costs import Cost, fit_terms, predict, rate_of
+from knnbench.selection.costs import Cost, fit_terms, forecast, rate_of
 from knnbench.selection.problem import Problem
 from knnbench.selection.regret import Outcome, outcomes, problems, summaries
 from knnbench.selection.wisdom import Sample, Wisdom, backend_version, wisdom_path
@@ -360,9 +360,9 @@ def test_a_corpus_is_prepared_where_that_pays():
         return Cost(quantity, {"call": seconds, rate_of(quantity, PROBLEM): 0.0}, [PROBLEM], np.array([seconds]))
 
     costs = {"call": constant("call", 2.0), "prepare": constant("prepare", 10.0), "prepared": constant("prepared", 1.0)}
-    assert predict(costs, PROBLEM, 1, 0.0).seconds == pytest.approx(2)
-    assert predict(costs, PROBLEM, 5, 0.0).seconds == pytest.approx(10)
-    assert predict(costs, PROBLEM, 100, 3.0).seconds == pytest.approx(113)
+    assert forecast(costs, PROBLEM, 0.0).of(1).seconds == pytest.approx(2)
+    assert forecast(costs, PROBLEM, 0.0).of(5).seconds == pytest.approx(10)
+    assert forecast(costs, PROBLEM, 3.0).of(100).seconds == pytest.approx(113)
 
 
 # ---- Wisdom

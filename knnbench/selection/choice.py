@@ -18,7 +18,7 @@ from knnbench.threads import kept_apart
 
 from .auto import forget_choices
 from .candidates import Constraints, errors_of, sieve
-from .costs import Prediction, predict
+from .costs import Forecast, Prediction, forecast
 from .measurement import Clock, Search, is_started, measure
 from .problem import OPS, Problem
 from .wisdom import Sample, backend_version, wisdom
@@ -268,17 +268,17 @@ def _names(candidates: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(candidates))
 
 
-def _prediction(name: str, problem: Problem, calls: int) -> Prediction:
+def _forecast(name: str, problem: Problem) -> Forecast:
     group = (name, *problem.group)
     start = 0.0 if is_started(name, problem) else wisdom().start(group)
-    return predict(wisdom().costs(group), problem, calls, start)
+    return forecast(wisdom().costs(group), problem, start)
 
 
 def _measured(
     names: list[str], problem: Problem, calls: int, seconds: float, clock: Clock
 ) -> tuple[list[str], dict[str, str], dict[str, list[float]]]:
     """Measure what may be the fastest, in turns; return what is left, what failed, and seconds on the whole shape."""
-    known = {name: _prediction(name, problem, calls) for name in names if wisdom().costs((name, *problem.group))}
+    known = {name: _forecast(name, problem).of(calls) for name in names if wisdom().costs((name, *problem.group))}
     least = min(known.values(), key=lambda prediction: prediction.seconds, default=None)
     rivals = [
         name for name in names
@@ -387,7 +387,8 @@ def _slice(problem: Problem, best: Prediction | None, calls: int, seconds: float
 def _decide(
     names: list[str], passed_over: dict[str, str], problem: Problem, calls: int, measured: dict[str, list[float]]
 ) -> Choice:
-    predictions = {name: _prediction(name, problem, calls) for name in names}
+    forecasts = {name: _forecast(name, problem) for name in names}
+    predictions = {name: found.of(calls) for name, found in forecasts.items()}
     for name, times in measured.items():
         if name in predictions and len(times) > 1:
             spread = float(np.std(np.log(times)) / np.sqrt(len(times)))
@@ -401,7 +402,7 @@ def _decide(
         return _decade(errors[name]), registry()[name].peer, bool(registry()[name].install)
 
     backend = min(alike, key=place)
-    calls_from, other = _crossover(backend, ranked, problem, calls)
+    calls_from, other = _crossover(backend, forecasts, calls)
     return Choice(
         backend=backend,
         seconds={name: predictions[name].seconds for name in ranked},
@@ -430,12 +431,12 @@ def _decade(error: float) -> float:
     return math.floor(math.log10(error)) if 0 < error < math.inf else error
 
 
-def _crossover(backend: str, names: list[str], problem: Problem, calls: int) -> tuple[int | None, str]:
+def _crossover(backend: str, forecasts: dict[str, Forecast], calls: int) -> tuple[int | None, str]:
     """Return from how many calls on another backend is clearly the fastest, and which; None if none is."""
 
     def overtaking(n: int) -> str:
-        seconds = {name: _prediction(name, problem, n).cautious for name in names}
-        best = min(names, key=lambda name: seconds[name])
+        seconds = {name: found.of(n).cautious for name, found in forecasts.items()}
+        best = min(seconds, key=lambda name: seconds[name])
         return best if seconds[best] * (1 + ALIKE) < seconds[backend] else ""
 
     high = calls

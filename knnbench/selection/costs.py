@@ -23,7 +23,18 @@ from knnbench.dtypes import Array
 
 from .problem import Problem
 
-__all__ = ["ENOUGH", "QUANTITIES", "RATED", "TERMS", "Cost", "Prediction", "fit_terms", "predict", "rate_of"]
+__all__ = [
+    "ENOUGH",
+    "QUANTITIES",
+    "RATED",
+    "TERMS",
+    "Cost",
+    "Forecast",
+    "Prediction",
+    "fit_terms",
+    "forecast",
+    "rate_of",
+]
 
 # What each part of a cost is proportional to. `call` is a call with a corpus as it is given, `prepare` prepares a
 # corpus, and `prepared` is a call with the result.
@@ -192,25 +203,39 @@ class Cost:
         return found
 
 
-def predict(costs: Mapping[str, Cost], problem: Problem, calls: int, start: float) -> Prediction:
-    """Return what so many calls with one corpus take: prepared once, or not at all where that is faster.
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What calls with one corpus take of one backend.
 
-    Parameters
+    Attributes
     ----------
-    costs : mapping of str to Cost
-        By the quantity.
-    problem : Problem
-    calls : int
+    call : Prediction
+        Of a call with the corpus as it is given.
+    prepare, prepared : Prediction or None
+        Of preparing the corpus, and of a call with the result.
     start : float
         Seconds that come on top once: to load and compile what was not used yet.
     """
-    each = costs["call"].predict(problem)
-    best = Prediction(calls * each.seconds, each.spread)
-    if calls > 1 and {"prepare", "prepared"} <= set(costs):
-        once, then = costs["prepare"].predict(problem), costs["prepared"].predict(problem)
-        prepared = Prediction(once.seconds + calls * then.seconds, max(once.spread, then.spread))
-        best = min(best, prepared, key=lambda prediction: prediction.seconds)
-    return Prediction(start + best.seconds, best.spread)
+
+    call: Prediction
+    prepare: Prediction | None
+    prepared: Prediction | None
+    start: float
+
+    def of(self, calls: int) -> Prediction:
+        """Return what so many calls take: with the corpus prepared once, or not at all where that is faster."""
+        best = Prediction(calls * self.call.seconds, self.call.spread)
+        if calls > 1 and self.prepare and self.prepared:
+            seconds = self.prepare.seconds + calls * self.prepared.seconds
+            prepared = Prediction(seconds, max(self.prepare.spread, self.prepared.spread))
+            best = min(best, prepared, key=lambda prediction: prediction.seconds)
+        return Prediction(self.start + best.seconds, best.spread)
+
+
+def forecast(costs: Mapping[str, Cost], problem: Problem, start: float) -> Forecast:
+    """Return what a problem takes, from costs by the quantity, of which ``"call"`` is there."""
+    found = {quantity: cost.predict(problem) for quantity, cost in costs.items()}
+    return Forecast(found["call"], found.get("prepare"), found.get("prepared"), start)
 
 
 def _terms(quantity: str, problems: list[Problem], names: list[str]) -> Array:

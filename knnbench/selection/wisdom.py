@@ -115,6 +115,14 @@ def backend_version(name: str) -> str:
     return ", ".join(dict.fromkeys(parts))
 
 
+def by_group(samples: Iterable[Sample]) -> dict[Group, list[Sample]]:
+    """Return samples by their group."""
+    found: dict[Group, list[Sample]] = {}
+    for sample in samples:
+        found.setdefault(sample.group, []).append(sample)
+    return found
+
+
 def is_current(sample: Sample) -> bool:
     """Return whether a sample is of the version installed."""
     return sample.backend in registry() and sample.version == backend_version(sample.backend)
@@ -131,15 +139,25 @@ def machine_facts() -> dict[str, Any]:
 
 def machine_key() -> str:
     """Return a hash of `machine_facts`."""
+    return _machine_key(thread_count())
+
+
+@functools.cache
+def _machine_key(threads: int) -> str:
     return hashlib.sha256(json.dumps(machine_facts(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def wisdom_path() -> Path:
     """Return the file of this machine's wisdom."""
+    return _path(os.environ.get(WISDOM_VARIABLE, ""), os.environ.get("KNNBENCH_CACHE", ""), machine_key())
+
+
+@functools.cache
+def _path(folder: str, cache: str, key: str) -> Path:
     import platformdirs
 
-    cache = os.environ.get("KNNBENCH_CACHE") or platformdirs.user_cache_path("knnbench")
-    return Path(os.environ.get(WISDOM_VARIABLE) or Path(cache) / "wisdom") / f"{machine_key()}.jsonl"
+    cache = cache or str(platformdirs.user_cache_path("knnbench"))
+    return Path(folder or Path(cache) / "wisdom") / f"{key}.jsonl"
 
 
 class Wisdom:
@@ -153,10 +171,11 @@ class Wisdom:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.shipped_on, self.shipped_threads, self.shipped = _shipped()
+        self.shipped_on, self.shipped_threads, self.shipped, self._shipped_samples = _shipped()
         self.own = _Lines()
         if path is not None and path.exists():
             self._read(path)
+        self._samples: dict[Group, list[Sample]] = {}
         self._costs: dict[Group, dict[str, Cost]] = {}
         self._pooled: dict[Pool, dict[str, tuple[Cost | None, Cost | None]]] = {}
 
@@ -180,10 +199,12 @@ class Wisdom:
 
     def samples(self, group: Group) -> list[Sample]:
         """Return this machine's samples of a kind, of the versions installed."""
-        return [sample for sample in self._pool(pool_of(group)) if sample.group == group]
+        if not self._samples:
+            self._samples = by_group(self.fresh)
+        return self._samples.get(group, [])
 
     def _pool(self, pool: Pool) -> list[Sample]:
-        return [s for s in self.own.samples.get(pool, {}).values() if is_current(s)][-MOST_SAMPLES:]
+        return [s for s in self.own.samples.get(pool, {}).values() if is_current(s)]
 
     @property
     def groups(self) -> list[Group]:
@@ -224,7 +245,7 @@ class Wisdom:
         return f"defaults from {self.shipped_on}" + (f", scaled by {here}" if n_all else "")
 
     def _shipped(self, group: Group) -> list[Sample]:
-        return [s for s in self.shipped.samples.get(pool_of(group), {}).values() if s.group == group]
+        return self._shipped_samples.get(group, [])
 
     def _find_costs(self, group: Group) -> dict[str, Cost]:
         """Return costs from what was measured here if that is enough, and of this kind; otherwise from the defaults."""
@@ -242,7 +263,7 @@ class Wisdom:
             self._pooled[pool] = {}
             shipped = list(self.shipped.samples.get(pool, {}).values())
             for quantity in QUANTITIES:
-                own = [sample for sample in self._pool(pool) if quantity in sample.seconds]
+                own = [sample for sample in self._pool(pool) if quantity in sample.seconds][-MOST_SAMPLES:]
                 defaults = [sample for sample in shipped if quantity in sample.seconds]
                 here = default = None
                 if own and (len(own) >= SUFFICIENT or not defaults):
@@ -275,6 +296,7 @@ class Wisdom:
             fits = list(self._fits())
             self.own.take(fits)
             new += fits
+        self._samples.clear()
         self._costs.clear()
         self._pooled.clear()
         if new and self.path is not None:
@@ -282,7 +304,7 @@ class Wisdom:
 
     def _fits(self) -> Iterator[str]:
         for pool in self.own.samples:
-            own = self._pool(pool)
+            own = self._pool(pool)[-MOST_SAMPLES:]
             if len(own) >= ENOUGH:
                 yield json.dumps({"fit": fit_line(pool, own)})
 
@@ -319,14 +341,14 @@ class _Lines:
 
 
 @functools.cache
-def _shipped() -> tuple[str, int, _Lines]:
-    """Return the CPU that the defaults were measured on, with how many threads, and the defaults."""
+def _shipped() -> tuple[str, int, _Lines, dict[Group, list[Sample]]]:
+    """Return the CPU that the defaults were measured on, its threads, and the defaults, also by their group."""
     text = files("knnbench.selection").joinpath("defaults.jsonl").read_text(encoding="utf-8")
     header, *lines = text.splitlines()
     found = _Lines()
     found.take(lines)
     machine = json.loads(header)["machine"]
-    return machine["cpu"], machine["threads"], found
+    return machine["cpu"], machine["threads"], found, by_group(found)
 
 
 def fit_line(pool: Pool, samples: list[Sample]) -> dict[str, Any]:
