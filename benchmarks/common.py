@@ -22,13 +22,15 @@ BACKENDS = [
     "torch-cuda",
     "torch-cdist",
     "torch-cdist-cuda",
+    "torch-mm",
+    "torch-mm-cuda",
     "scipy",
     "sklearn",
     "faiss",
 ]
 # Python loops over pairs or features, thousands of times slower: they have workloads of their own.
 LOOPING_BACKENDS = ["python", "notebook"]
-CUDA_BACKENDS = ["numba-cuda", "cupy", "torch-cuda", "torch-cdist-cuda"]
+CUDA_BACKENDS = ["numba-cuda", "cupy", "torch-cuda", "torch-cdist-cuda", "torch-mm-cuda"]
 METRICS = ["euclidean", "cityblock"]
 DTYPES = ["float32", "uint8"]
 

@@ -3,9 +3,9 @@
 import operator
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from knnbench.backends.base import Backend, Native, scan_rows
 from knnbench.blocking import block_shape, check_budget, require_memory, slices
 from knnbench.checkpoint import Checkpoint, Progress, RowDigest, digest_of
 from knnbench.dtypes import Array, common_dtype, computed_dtype
-from knnbench.errors import CheckpointError, InvalidInputError, UnsupportedError
+from knnbench.errors import CheckpointError, InvalidInputError, OverBudgetError, UnsupportedError
 from knnbench.metrics import Metric, Space, get_metric
 from knnbench.ordering import merge_topk
 from knnbench.selection import Problem
@@ -24,6 +24,8 @@ from knnbench.streams import MappedStream, Stream, as_stream, open_rows, read_ah
 from knnbench.threads import limited_blas
 
 __all__ = ["Accuracy", "Neighbors", "Prepared", "knn", "pairwise", "prepare"]
+
+T = TypeVar("T")
 
 Accuracy = Literal["fast", "exact"]
 
@@ -228,8 +230,9 @@ def pairwise(
     if not interchange.on_device(task.queries):
         require_memory(shape[0] * row_bytes, f"a result of {shape[0]:,} x {shape[1]:,} distances")
     blocks, parts = task.query_blocks(row_bytes), task.corpus_parts()
-    if len(blocks) == len(parts) == 1 and not task.is_streamed:
-        return task.answer(task.pairwise(blocks[0], task.packed(parts[0])))
+    packed = task.packed_whole(blocks, parts)
+    if packed is not None:
+        return task.answer(task.pairwise(blocks[0], packed))
     result: Array | None = None
     for part, packed in task.packed_parts(parts):
         for block in blocks:
@@ -330,15 +333,17 @@ def knn(
         task.unstream()
         if kept is not None:
             raise UnsupportedError(f"a checkpoint {IS_FAST_ONLY}")
-        found = task.neighbors(*exact.search(task, k))
+        with clear_when_full(task.engine, f"the exact search of {task.prepared.shape[0]:,} rows"):
+            found = task.neighbors(*exact.search(task, k))
         if progress is not None:
             progress(task.prepared.shape[0], task.prepared.shape[0])
         return found
     blocks, parts = task.query_blocks(k * (task.space.ranked.itemsize + 8)), task.corpus_parts()
     ranked: Any
     indices: Any
-    if len(blocks) == len(parts) == 1 and not task.is_streamed:
-        ranked, indices = task.knn(blocks[0], task.packed(parts[0]), k)
+    packed = task.packed_whole(blocks, parts)
+    if packed is not None:
+        ranked, indices = task.knn(blocks[0], packed, k)
         if progress is not None:
             progress(parts[0].stop, parts[0].stop)
     else:
@@ -456,7 +461,8 @@ def prepare(corpus: Any, metric: str = "euclidean", *, backend: str = "auto", ac
         n_queries=USUAL_QUERIES, k=USUAL_K, keep_bytes=check_budget(None) // 2,
     )  # fmt: skip
     if not isinstance(rows, Stream):
-        prepared.packed(prepared.dtype)
+        with clear_when_full(get_backend(prepared.backend), f"a corpus of {rows.shape[0]:,} x {rows.shape[1]:,}"):
+            prepared.packed(prepared.dtype)
     return prepared
 
 
@@ -670,6 +676,20 @@ class _Task:
         """Return a block of queries as the backend's own array."""
         return self.engine.to_native(self.queries[block], self.space.dtype)
 
+    def packed_whole(self, blocks: list[slice], parts: list[slice]) -> Any:
+        """Return the whole corpus in the backend's own form, None if it is to be searched in parts.
+
+        So it is with several blocks or parts, and where the device turns out to have no room for all of it.
+        """
+        if len(blocks) > 1 or len(parts) > 1 or self.is_streamed:
+            return None
+        try:
+            return self.packed(parts[0])
+        except Exception as error:
+            if not self.engine.ran_out(error):
+                raise
+        return None
+
     def packed(self, part: slice) -> Any:
         """Return a part of the corpus in the backend's own form."""
         if part == slice(0, self.prepared.shape[0]) and self.centre is None:
@@ -699,7 +719,7 @@ class _Task:
             if self.centre is None and len(parts) > 1:
                 self.centre = centre_of(self.prepared.rows, self.space)
             for part in parts:
-                yield part, self.packed(part)
+                yield from self._pieces(part.start, self.prepared.rows[part])
             return
         stream = self.prepared.rows
         if self.centre is None and isinstance(stream, MappedStream):
@@ -715,10 +735,27 @@ class _Task:
                     self.centre = centre_of(rows, self.space)
                 if seen is not None:
                     seen.take(start, rows)
-                packed = self._packed_rows(rows)
+                pieces = self._pieces(start, rows)
                 del rows
-                yield part, packed
-                del packed
+                yield from pieces
+                del pieces
+
+    def _pieces(self, start: int, rows: Array) -> Iterator[tuple[slice, Any]]:
+        """Yield rows in the backend's own form; where its device has no room for all of them, in halves."""
+        stop = start + len(rows)
+        try:
+            packed = self._packed_rows(rows)
+        except Exception as error:
+            if not self.engine.ran_out(error):
+                raise
+            if len(rows) == 1:
+                raise OverBudgetError(full_text("a single row of the corpus", error)) from None
+        else:
+            del rows
+            yield slice(start, stop), packed
+            return
+        for part in slices(len(rows), (len(rows) + 1) // 2):
+            yield from self._pieces(start + part.start, rows[part])
 
     def _read(
         self, step: int, skip: int, seen: RowDigest | None, expected: bytes
@@ -742,12 +779,34 @@ class _Task:
     def pairwise(self, block: slice, packed: Any) -> Native:
         """Return the distances of a block of queries."""
         with limited_blas(self.engine.calls_blas):
-            return self.engine.pairwise(self.native(block), packed, self.space, self.budget_left)
+            return self._shrinking(lambda budget: self.engine.pairwise(self.native(block), packed, self.space, budget))
 
     def knn(self, block: slice, packed: Any, k: int) -> tuple[Native, Native]:
         """Return the ranked values and indices of a block of queries."""
         with limited_blas(self.engine.calls_blas):
-            return self.engine.knn(self.native(block), packed, k, self.space, self.budget_left)
+            return self._shrinking(lambda budget: self.engine.knn(self.native(block), packed, k, self.space, budget))
+
+    def _shrinking(self, compute: Callable[[int], T]) -> T:
+        """Return what is computed within a budget; where the memory of the device runs out, within half of it.
+
+        What has been too much is so for the calls to come too. A budget too small for any block says what is needed.
+        """
+        reason = ""
+        while True:
+            try:
+                return compute(self.budget_left)
+            except OverBudgetError as error:
+                if not reason:
+                    raise
+                raise OverBudgetError(f"the device has no memory left ({reason}), and {error}") from None
+            except Exception as error:
+                if not self.engine.ran_out(error):
+                    raise
+                if self.budget_left < 2:
+                    raise OverBudgetError(full_text("the smallest block", error)) from None
+                reason = one_line(error)
+            # Out here, where the error and the arrays of its frames are gone.
+            self.budget_left //= 2
 
     def neighbors(self, distances: Native, indices: Native, certificate: exact.Certificate | None) -> Neighbors:
         """Return what `knn` does."""
@@ -766,6 +825,30 @@ class _Task:
         if not interchange.on_device(native):
             native = self.engine.to_native(native, native.dtype)
         return interchange.in_kind(native, self.queries)
+
+
+@contextmanager
+def clear_when_full(engine: Backend, what: str) -> Iterator[None]:
+    """Raise `OverBudgetError`, which names what was to be held, where the memory of the engine's device runs out."""
+    try:
+        yield
+    except Exception as error:
+        if not engine.ran_out(error):
+            raise
+        raise OverBudgetError(full_text(what, error)) from None
+
+
+def full_text(what: str, error: Exception) -> str:
+    """Return the text of an error of a device without room for something."""
+    return (
+        f"the device has no memory left for {what} ({one_line(error)}); free some of it, pass the queries or the "
+        f"corpus in parts, or leave the corpus unprepared, which is then searched in pieces that fit."
+    )
+
+
+def one_line(error: Exception) -> str:
+    """Return the text of another library's error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _enter(

@@ -36,7 +36,9 @@ DOUBLE = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX)\b|\.F64|64H\b")
 
 
 class DeviceArray(np.ndarray):
-    """What the backend sees as an array on the device."""
+    """What the backend sees as an array on the device, of numba's own."""
+
+    __module__ = "numba"
 
     def is_c_contiguous(self):
         return self.flags.c_contiguous

@@ -57,9 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def as_parameter(name: str) -> Any:
-    """Return the parameter of a backend, marked if it needs a GPU: what installs such a backend says so."""
-    needs_gpu = "NVIDIA GPU" in registry()[name].install
-    return pytest.param(name, id=name, marks=[pytest.mark.gpu] if needs_gpu else [])
+    """Return the parameter of a backend, marked if it needs a GPU."""
+    return pytest.param(name, id=name, marks=[pytest.mark.gpu] if registry()[name].device == "cuda" else [])
 
 
 def available(name: str, required: frozenset[str] = REQUIRED) -> str:

@@ -5,6 +5,7 @@ parameters, as far as they are here (`tests/test_cuda_source.py` compares them w
 installed); its arrays do not mix with numpy's, and kernels run in `tests.cuda_emulator`.
 """
 
+import ctypes
 import operator
 import sys
 import time
@@ -47,6 +48,7 @@ class ndarray:
     shape = property(lambda self: self._host.shape)
     size = property(lambda self: self._host.size)
     T = property(lambda self: wrap(self._host.T))
+    data = property(lambda self: MemoryPointer(self._host.ctypes.data))
 
     @property
     def __cuda_array_interface__(self):
@@ -257,9 +259,32 @@ class RawModule:
         return launch
 
 
+class MemoryPointer:
+    def __init__(self, address):
+        self._address = address
+
+    def copy_from_host_async(self, mem, size, stream=None):
+        ctypes.memmove(self._address, mem, size)
+
+
+class OutOfMemoryError(MemoryError):
+    pass
+
+
 class Stream:
+    def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
+        self.ptr = int(non_blocking)
+
     def synchronize(self):
         pass
+
+    def record(self, event=None):
+        event = Event() if event is None else event
+        event.record(self)
+        return event
+
+    def wait_event(self, event):
+        event.synchronize()
 
 
 class Event:
@@ -298,7 +323,16 @@ def install():
     """Take CuPy's place in this process."""
     module = types.ModuleType("cupy")
     vars(module).update(FUNCTIONS, **UFUNCS, ndarray=ndarray, RawModule=RawModule)
-    module.cuda = types.SimpleNamespace(get_current_stream=Stream, Event=Event, get_elapsed_time=get_elapsed_time)
+    module.cuda = types.SimpleNamespace(
+        get_current_stream=Stream,
+        Stream=Stream,
+        Event=Event,
+        get_elapsed_time=get_elapsed_time,
+        alloc_pinned_memory=bytearray,
+        Device=lambda: types.SimpleNamespace(id=0),
+        memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+        runtime=types.SimpleNamespace(pointerGetAttributes=lambda ptr: types.SimpleNamespace(type=0), memoryTypeHost=1),
+    )
     module.get_default_memory_pool = lambda: POOL
     ndarray.__module__ = "cupy"
     sys.modules["cupy"] = module

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from knnbench import BackendUnavailableError, InvalidInputError, interchange, knn, pairwise, prepare
-from knnbench.backends import backend_status, get_backend
+from knnbench.backends import backend_status, get_backend, upload
 from knnbench.blocking import DEFAULT_BUDGET, block_shape
 from knnbench.dtypes import COMPUTED
 from knnbench.measure import make_cases, worker
@@ -30,8 +30,9 @@ EDGE, FEATURES = (4, 3) if SIMULATED else (64, 16)
 BLOCKED_IN = {
     "numba-cuda": "knnbench.backends.numba_cuda",
     "cupy": "knnbench.backends.blockwise",
+    "torch-cuda": "knnbench.backends.blockwise",
 }
-BLOCK_BUDGET = {"numba-cuda": 40 if SIMULATED else 600, "cupy": 90_000}
+BLOCK_BUDGET = {"numba-cuda": 40 if SIMULATED else 600, "cupy": 90_000, "torch-cuda": 90_000}
 
 SHAPES = [(1, 1, 1), (EDGE - 1, EDGE + 1, FEATURES + 1), (EDGE + 1, 2 * EDGE + 1, FEATURES)]
 
@@ -136,6 +137,62 @@ def test_a_corpus_that_fits_is_searched_whole(rng, monkeypatch):
     monkeypatch.setattr(engine, "knn", lambda *args: calls.append(args) or search(*args))
     knn(rows_of(rng, "uint8", 2, 3), rows_of(rng, "uint8", 5, 3), 2, backend=BACKEND)
     assert len(calls) == 1
+
+
+def test_rows_pass_through_page_locked_buffers(rng, monkeypatch):
+    monkeypatch.setattr(upload, "BUFFER_BYTES", 200)
+    uploader = type(get_backend(BACKEND).uploader())(get_backend(BACKEND).uploader()._lane)
+    for rows in (rows_of(rng, "float32", 31, 9), rows_of(rng, "uint8", 7, 70), rows_of(rng, "uint8", 10, 9)[:, ::2]):
+        for given in (rows, uploader.page_locked(rows)):
+            assert_identical(to_host(uploader.upload(given, rows.dtype)), np.ascontiguousarray(rows))
+            doubles = uploader.upload(given, np.dtype(np.float64))
+            assert_identical(to_host(doubles), rows.astype(np.float64))
+
+
+def planted_error():
+    """Return what the backend's library raises when the device has no memory left."""
+    if BACKEND == "torch-cuda":
+        import torch
+
+        return torch.cuda.OutOfMemoryError("CUDA out of memory (planted)")
+    if BACKEND == "cupy":
+        import cupy
+
+        return cupy.cuda.memory.OutOfMemoryError(1 << 40, 1 << 30, 0)
+    if SIMULATED:
+        return type("CudaAPIError", (RuntimeError,), {"code": 2})("[2] planted")
+    from numba.cuda.cudadrv.driver import CudaAPIError
+
+    return CudaAPIError(2, "planted")
+
+
+def test_out_of_memory_asks_for_less(rng, monkeypatch):
+    queries, corpus = rows_of(rng, "uint8", 5, 4, high=4), rows_of(rng, "uint8", 4 * EDGE, 4, high=4)
+    expected = knn(queries, corpus, 3, "cityblock", backend=BACKEND)
+    engine, budgets, sizes = type(get_backend(BACKEND)), [], []
+    search, pack = engine.knn, engine.prepare
+
+    def packed(self, rows, *args):
+        sizes.append(len(rows))
+        if len(rows) > EDGE:
+            raise planted_error()
+        return pack(self, rows, *args)
+
+    def searched(self, queries, prepared, k, space, budget):
+        budgets.append(budget)
+        if len(budgets) < 3:
+            raise planted_error()
+        return search(self, queries, prepared, k, space, budget)
+
+    monkeypatch.setattr(engine, "prepare", packed)
+    monkeypatch.setattr(engine, "knn", searched)
+    got = knn(queries, corpus, 3, "cityblock", backend=BACKEND)
+    assert_identical(got.indices, expected.indices)
+    assert_identical(got.distances, expected.distances)
+    assert sizes[0] == 4 * EDGE
+    assert [n_rows for n_rows in sizes if n_rows <= EDGE] == [EDGE] * 4
+    assert budgets[1] == budgets[0] // 2
+    assert budgets[2:] == [budgets[0] // 4] * 4
 
 
 @pytest.mark.parametrize("dtype", COMPUTED)

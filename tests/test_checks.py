@@ -179,4 +179,4 @@ def test_what_is_required_and_unavailable_fails(monkeypatch):
 
 def test_the_gpu_mark_is_on_the_backends_of_a_gpu_alone():
     marked = {name for name in registry() if as_parameter(name).marks}
-    assert marked == {"numba-cuda", "cupy", "torch-cuda", "torch-cdist-cuda"}
+    assert marked == {"numba-cuda", "cupy", "torch-cuda", "torch-cdist-cuda", "torch-mm-cuda"}

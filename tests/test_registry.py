@@ -150,6 +150,13 @@ def test_a_backend_whose_import_fails_in_its_library(add, tmp_path, monkeypatch)
     assert status.reason == "ImportError: libcudart.so.13: cannot open shared object"
 
 
+@pytest.mark.parametrize("name", list(registry()))
+def test_the_device_is_known_before_a_backend_is_imported(name):
+    line, status = registry()[name], backend_status(name)
+    assert status.device in ("", line.device)
+    assert ("NVIDIA GPU" in line.install) == (line.device == "cuda")
+
+
 def test_what_installs_a_backend_is_in_the_error(add, monkeypatch):
     line = Registration("no_such_module_planted:Backend", "planted", "pip install planted")
     monkeypatch.setitem(MODULE._OWN, "planted", line)

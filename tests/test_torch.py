@@ -2,7 +2,11 @@
 
 import contextlib
 import itertools
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +21,8 @@ from ._checks import assert_identical
 
 torch = pytest.importorskip("torch")
 backend = pytest.importorskip("knnbench.backends.torch")
+
+CASES = Path(__file__).with_name("gpu_cases.py")
 
 SHAPE = 40, 150, 70  # of enough features for the tiles of the direct form
 
@@ -347,6 +353,112 @@ def test_the_forms_in_place_are_those_of_the_metrics(form, rng):
 
 
 # ---- CUDA
+
+
+@pytest.mark.parametrize("n_features", [1, 7, 8, 16, 17, 784, 1025])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 8), (17, 9), (18, 63), (40, 65)], ids=str)
+def test_products_of_int8_are_exact(shape, n_features, rng):
+    queries, corpus = (rng.choice(np.array([0, 1, 127, 128, 255], np.uint8), (n, n_features)) for n in shape)
+    a, b = (backend.as_int8(torch.from_numpy(rows)) for rows in (queries, corpus))
+    # What cuBLAS takes; on the CPU torch takes any shape.
+    assert a.shape[0] > 16
+    assert (a.shape[1] % 8, b.shape[1] % 8) == (0, 0)
+    space = Space(METRICS["euclidean"], np.dtype(np.uint8), n_features)
+    expected = (queries.astype(np.int64) - 128) @ (corpus.astype(np.int64) - 128).T
+    for step in (1, 3, 8, 64):
+        for start in range(0, shape[1], step):
+            columns = slice(start, min(start + step, shape[1]))
+            got = backend.int8_dot(a, b, shape[0], columns, space).numpy()
+            assert_identical(got.astype(np.int64), expected[:, columns])
+
+
+def test_the_right_side_of_every_product_of_int8_is_a_multiple_of_8(rng, monkeypatch):
+    product, widths = torch._int_mm, []
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: widths.append((a.shape[0], b.shape[1])) or product(a, b))
+    rows = backend.as_int8(torch.from_numpy(rng.integers(0, 256, (61, 5), np.uint8)))
+    space = Space(METRICS["euclidean"], np.dtype(np.uint8), 5)
+    for columns in (slice(0, 61), slice(60, 61), slice(53, 61), slice(0, 1)):
+        backend.int8_dot(rows, rows, 61, columns, space)
+    assert [width for _, width in widths] == [64, 8, 8, 8]
+
+
+def test_more_features_than_int32_can_sum(monkeypatch):
+    assert backend.INT32_FEATURES * 2**14 < 2**31
+    n_features = 3 * backend.INT32_FEATURES + 1
+    rows = np.zeros((2, n_features), np.uint8)
+    rows[1] = 255
+    packed = backend.as_int8(torch.from_numpy(rows))
+    space = Space(METRICS["euclidean"], np.dtype(np.uint8), n_features)
+    got = backend.int8_dot(packed, packed, 2, slice(0, 2), space)
+    assert got.dtype == torch.int64
+    assert got.tolist() == [
+        [n_features * 2**14, -n_features * 128 * 127],
+        [-n_features * 128 * 127, n_features * 127**2],
+    ]
+
+
+def test_products_of_int8_that_are_wrong_or_absent_are_not_used(monkeypatch):
+    device = torch.device("cpu")
+    multiplies = backend.multiplies_int8.__wrapped__
+    assert multiplies(device)
+    # As of an instruction that sums two products in 16 bits, and of a build without any.
+    product = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: product(a, b).clamp(max=2**17))
+    assert not multiplies(device)
+
+    def absent(a, b):
+        raise RuntimeError("not compiled for this platform")
+
+    monkeypatch.setattr(torch, "_int_mm", absent)
+    assert not multiplies(device)
+
+    def full(a, b):
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "_int_mm", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        multiplies(device)
+
+
+@pytest.mark.parametrize("hidden", ["", "_int_mm"])
+def test_the_cases_on_a_pretended_device(hidden):
+    environment = {**os.environ, "KNNBENCH_CASES": "torch-cuda", "KNNBENCH_HIDDEN": hidden}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "tests.fake_torch_cuda",
+        str(CASES),
+    ]
+    done = subprocess.run(command, env=environment, cwd=CASES.parents[1], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("legacy", ["allow_tf32", "high", "medium"])
+def test_switches_of_before_are_left_as_found_too(legacy):
+    switch = torch.backends.cuda.matmul
+    state = lambda: (switch.allow_tf32, switch.fp32_precision, torch.get_float32_matmul_precision())  # noqa: E731
+    before = state()
+    try:
+        if legacy == "allow_tf32":
+            switch.allow_tf32 = True
+        else:
+            torch.set_float32_matmul_precision(legacy)
+        found = state()
+        assert found[0]
+        with backend.full_precision("cuda"):
+            assert switch.fp32_precision == "ieee"
+        assert state() == found
+        with pytest.raises(KeyError), backend.full_precision("cuda"):
+            raise KeyError
+        assert state() == found
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        switch.fp32_precision = before[1]
 
 
 def test_without_cuda_the_status_says_why():

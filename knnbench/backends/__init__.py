@@ -8,7 +8,7 @@ import functools
 import importlib
 import importlib.metadata
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,12 +46,15 @@ class Registration:
         What makes it work; empty where knnbench itself does.
     peer : bool
         Whether it is another project's search, measured as it is, and never chosen by ``backend="auto"``.
+    device : {"cpu", "cuda"}
+        That of its `Capabilities`, known before it is imported; a third party's is taken for the CPU until then.
     """
 
     target: str
     distributions: tuple[str, ...]
     install: str = ""
     peer: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 _TORCH = "pip install 'knnbench[torch]'"
@@ -62,14 +65,20 @@ _OWN: dict[str, Registration] = {
     "python": Registration("knnbench.backends.python:PythonBackend", ("knnbench",)),
     "numpy": Registration("knnbench.backends.numpy:NumpyBackend", ("numpy",)),
     "numba": Registration("knnbench.backends.numba:NumbaBackend", ("numba",)),
-    "numba-cuda": Registration("knnbench.backends.numba_cuda:NumbaCudaBackend", ("numba-cuda",), _CUDA),
-    "cupy": Registration("knnbench.backends.cupy:CupyBackend", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), _CUDA),
+    "numba-cuda": Registration("knnbench.backends.numba_cuda:NumbaCudaBackend", ("numba-cuda",), _CUDA, device="cuda"),
+    "cupy": Registration(
+        "knnbench.backends.cupy:CupyBackend", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), _CUDA, device="cuda"
+    ),
     "torch": Registration("knnbench.backends.torch:TorchBackend", ("torch",), _TORCH),
-    "torch-cuda": Registration("knnbench.backends.torch:TorchCudaBackend", ("torch",), _TORCH_CUDA),
+    "torch-cuda": Registration("knnbench.backends.torch:TorchCudaBackend", ("torch",), _TORCH_CUDA, device="cuda"),
     "notebook": Registration("knnbench.backends.notebook:NotebookBackend", ("numpy",), peer=True),
     "torch-cdist": Registration("knnbench.backends.torch_cdist:TorchCdistBackend", ("torch",), _TORCH, peer=True),
     "torch-cdist-cuda": Registration(
-        "knnbench.backends.torch_cdist:TorchCdistCudaBackend", ("torch",), _TORCH_CUDA, peer=True
+        "knnbench.backends.torch_cdist:TorchCdistCudaBackend", ("torch",), _TORCH_CUDA, peer=True, device="cuda"
+    ),
+    "torch-mm": Registration("knnbench.backends.torch_mm:TorchMmBackend", ("torch",), _TORCH, peer=True),
+    "torch-mm-cuda": Registration(
+        "knnbench.backends.torch_mm:TorchMmCudaBackend", ("torch",), _TORCH_CUDA, peer=True, device="cuda"
     ),
     "scipy": Registration("knnbench.backends.scipy:ScipyBackend", ("scipy",), peer=True),
     "sklearn": Registration("knnbench.backends.sklearn:SklearnBackend", ("scikit-learn",), peer=True),

@@ -3,15 +3,15 @@
 A class here is abstract or final: a backend implements what is abstract and overrides nothing, except
 that one with a better `Backend.linear_loss` or `Backend.candidates` may bring its own, and that one may tell more of
 itself for measuring: `Backend.operations`, `Backend.stopwatch`, `Backend.device_peak`; or for sharing work:
-`Backend.prepare_about`, `Backend.levels`. Which backends exist, and whether they work here, is the business of
-`knnbench.backends`.
+`Backend.prepare_about`, `Backend.levels`; or of its device: `Backend.uploader`, `Backend.ran_out`. Which backends
+exist, and whether they work here, is the business of `knnbench.backends`.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from knnbench.bounds import Floats, direct_floor
 from knnbench.dtypes import COMPUTED, Array
 from knnbench.errors import OverBudgetError
 from knnbench.metrics import METRICS, Space
+
+if TYPE_CHECKING:
+    from .upload import Uploader
 
 __all__ = [
     "LOSS_ELEMENTS",
@@ -263,6 +266,17 @@ class Backend(ABC):
         The default, for the CPU or where it cannot be told, gives None.
         """
         return lambda: None
+
+    def uploader(self) -> "Uploader | None":
+        """Return what copies host rows to the current device; the default, for the CPU, is None."""
+        return None
+
+    def ran_out(self, error: Exception) -> bool:
+        """Return whether an error says that the device had no memory left, having given back what nothing uses.
+
+        The caller then asks for less. The default, for the CPU, says no.
+        """
+        return False
 
     def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
         """Return a function of linear models: their summed cross-entropy over all samples.

@@ -80,7 +80,7 @@ class BlockCorpus:
     centre : (n_features,) native array or None
         With a float Gram form, the mean of the corpus.
     centred : (n, n_features) native array or None
-        With a float Gram form, ``rows - centre``.
+        With a float Gram form, ``rows - centre``; of uint8, the rows as a backend's integer products take them.
     """
 
     rows: Native

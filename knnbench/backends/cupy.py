@@ -16,6 +16,7 @@ from knnbench.metrics import Space
 
 from .base import Capabilities, Native, Scan, scan_rows
 from .blockwise import Blocks, BlockwiseBackend
+from .upload import Lane, Uploader
 
 __all__ = ["CupyBackend"]
 
@@ -49,9 +50,19 @@ class CupyBackend(BlockwiseBackend):
     def to_native(self, rows: Any, dtype: np.dtype[Any]) -> Native:
         """Return a C-contiguous CuPy array."""
         if not interchange.on_device(rows):
-            # Converted on the host: CuPy takes no array of another byte order.
-            return cupy.asarray(np.ascontiguousarray(rows, dtype=dtype))
-        return cupy.ascontiguousarray(cupy.asarray(rows), dtype=dtype)
+            return self.uploader().upload(np.asarray(rows), np.dtype(dtype))
+        return cupy.ascontiguousarray(interchange.take("cupy", rows), dtype=dtype)
+
+    def uploader(self) -> Uploader:
+        """Return that of the current device."""
+        return uploader_of(cupy.cuda.Device().id)
+
+    def ran_out(self, error: Exception) -> bool:
+        """Return whether CuPy's pool found no memory, having given back what it keeps."""
+        if not isinstance(error, cupy.cuda.memory.OutOfMemoryError):
+            return False
+        cupy.get_default_memory_pool().free_all_blocks()
+        return True
 
     def to_numpy(self, native: Native) -> Array:
         """Return a copy on the host."""
@@ -109,6 +120,42 @@ class CupyBackend(BlockwiseBackend):
         kernel = direct_module(space).get_function("accumulate_pairs")
         kernel(grid, (PAIR_THREADS,), (queries, corpus, *rows, out, *sizes))
         return out
+
+
+class CupyLane(Lane):
+    """Copies on a stream of CuPy's."""
+
+    def __init__(self) -> None:
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Native:
+        """Return an array of CuPy's pool."""
+        return cupy.empty(shape, dtype)
+
+    def page_locked(self, n_bytes: int) -> Array:
+        """Return memory that CuPy's pool has back when the array is gone."""
+        return np.frombuffer(cupy.cuda.alloc_pinned_memory(n_bytes), np.uint8, n_bytes)
+
+    def is_page_locked(self, rows: Array) -> bool:
+        """Ask the runtime, whoever allocated them."""
+        runtime = cupy.cuda.runtime
+        return bool(runtime.pointerGetAttributes(rows.ctypes.data).type == runtime.memoryTypeHost)
+
+    def begin(self) -> None:
+        """Wait for CuPy's current stream."""
+        self._stream.wait_event(cupy.cuda.get_current_stream().record())
+
+    def copy(self, source: Array, target: Native, rows: slice) -> Callable[[], None]:
+        """Copy, and record an event."""
+        target[rows].data.copy_from_host_async(source.ctypes.data, source.nbytes, self._stream)
+        wait: Callable[[], None] = self._stream.record().synchronize
+        return wait
+
+
+@functools.cache
+def uploader_of(device: int) -> Uploader:
+    """Return the uploader to a device, by its number, while it is the current one."""
+    return Uploader(CupyLane())
 
 
 def direct_module(space: Space) -> Any:

@@ -1,5 +1,6 @@
 """numba on a CUDA device: kernels compiled from the metrics' own scalar functions."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from knnbench.metrics import Space
 from knnbench.ordering import largest
 
 from .base import Backend, Capabilities, Native, Scan, float_operations
+from .upload import Lane, Uploader
 
 __all__ = ["NumbaCudaBackend"]
 
@@ -23,6 +25,9 @@ __all__ = ["NumbaCudaBackend"]
 # in float32, and a small budget makes it smaller.
 MAX_QUERIES = 16_384
 MAX_CORPUS = 4_096
+
+# CUDA_ERROR_OUT_OF_MEMORY, of a `CudaAPIError`.
+OUT_OF_MEMORY = 2
 
 cuda: Any = numba.cuda  # filled in at run time, so no type checker knows its names
 
@@ -50,13 +55,22 @@ class NumbaCudaBackend(Backend):
     def to_native(self, rows: Any, dtype: np.dtype[Any]) -> Native:
         """Return a C-contiguous device array of numba's."""
         if not interchange.on_device(rows):
-            return cuda.to_device(np.ascontiguousarray(rows, dtype=dtype))
-        array = cuda.as_cuda_array(rows)
+            return self.uploader().upload(np.asarray(rows), np.dtype(dtype))
+        array = cuda.as_cuda_array(interchange.take("numba", rows))
         if array.dtype == dtype and array.is_c_contiguous():
             return array
         converted = cuda.device_array(array.shape, dtype)
         launch_rows(cuda_tiles.convert, array.size, array, converted)
         return converted
+
+    def uploader(self) -> Uploader:
+        """Return that of the current device."""
+        return uploader_of(cuda.current_context().device.uuid)
+
+    def ran_out(self, error: Exception) -> bool:
+        """Return whether the driver found no memory, after numba has freed what it keeps of arrays that are gone."""
+        # By name, because the simulator has no such class.
+        return type(error).__name__ == "CudaAPIError" and getattr(error, "code", None) == OUT_OF_MEMORY
 
     def to_numpy(self, native: Native) -> Array:
         """Return a copy on the host."""
@@ -167,3 +181,50 @@ def row_bytes(space: Space) -> int:
     """Return the bytes that a workspace takes for each row."""
     norms = space.form.rank_uses_norms * np.dtype(np.float64).itemsize
     return norms + makes_unit_rows(space) * space.n_features * space.dtype.itemsize
+
+
+class NumbaLane(Lane):
+    """Copies on a stream of numba's."""
+
+    def __init__(self) -> None:
+        self._stream = cuda.stream()
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Native:
+        """Return a device array."""
+        return cuda.device_array(shape, dtype)
+
+    def page_locked(self, n_bytes: int) -> Array:
+        """Return memory that is freed with the array."""
+        return np.asarray(cuda.pinned_array(n_bytes, np.uint8))
+
+    def is_page_locked(self, rows: Array) -> bool:
+        """Ask the driver, whoever allocated them; it takes memory that it does not know for an error."""
+        try:
+            from cuda.bindings import driver  # type: ignore[import-untyped]
+
+            kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+            error, found = driver.cuPointerGetAttribute(kind, rows.ctypes.data)
+        except (ImportError, RuntimeError):  # a numba that does without these bindings; its simulator
+            return False
+        return not int(error) and int(found) == int(driver.CUmemorytype.CU_MEMORYTYPE_HOST)
+
+    def begin(self) -> None:
+        """Wait for the default stream, on which everything runs."""
+        self._recorded(0).wait(self._stream)
+
+    def copy(self, source: Array, target: Native, rows: slice) -> Callable[[], None]:
+        """Copy, and record an event."""
+        target[rows].copy_to_device(source, self._stream)
+        wait: Callable[[], None] = self._recorded(self._stream).synchronize
+        return wait
+
+    def _recorded(self, stream: Any) -> Any:
+        event = cuda.event()
+        event.record(stream)
+        return event
+
+
+@functools.cache
+def uploader_of(device: str) -> Uploader:
+    """Return the uploader to a device, by its UUID, while it is the current one."""
+    return Uploader(NumbaLane())

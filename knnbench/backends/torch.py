@@ -4,6 +4,7 @@ The search is that of `knnbench.backends.blockwise`; here is what its blocks are
 among equal values cannot be left to ``torch.topk``, which does not specify it: it gives the k-th value only.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +26,13 @@ from knnbench.threads import THREADS_VARIABLE, SharedSetting, thread_count
 
 from .base import LOSS_ELEMENTS, Backend, Capabilities, LinearLoss, Native, Scan
 from .blockwise import CENTRE_OF_UINT8, EXACT_FEATURES, BlockCorpus, Blocks, BlockSearch
+from .upload import Lane, Uploader
 
 __all__ = ["TorchArrays", "TorchBackend", "TorchCudaBackend"]
 
 DTYPES: dict[np.dtype[Any], torch.dtype] = {
-    np.dtype(name): getattr(torch, name) for name in ("bool", "uint8", "int32", "int64", "float32", "float64")
+    np.dtype(name): getattr(torch, name)
+    for name in ("bool", "uint8", "int32", "int64", "float16", "float32", "float64")
 }
 
 # Differences of a tile of the direct form on the CPU, one for each thread, and queries that it takes at the least:
@@ -42,6 +45,15 @@ TILED_FEATURES = 64
 
 # Sums of at most this many uint8 stay below 2**24, so that float32 holds them exactly.
 EXACT_SUM = 2**24 // 255
+
+# What ``torch._int_mm`` asks of matrices on CUDA: more than 16 rows on the left, a multiple of 8 on the right, and a
+# multiple of 8 features; of 16, so that each row begins where a tensor core's load does.
+LEAST_ROWS = 17
+ROWS_MULTIPLE = 8
+FEATURES_MULTIPLE = 16
+
+# Centred uint8 have products of at most 2**14 in size: sums of so many of them stay below 2**31.
+INT32_FEATURES = 2**16
 
 
 class NumpyNames:
@@ -155,24 +167,36 @@ class TorchArrays(Backend):
         """Return a contiguous tensor, detached from any graph."""
         device = self.capabilities.device
         require_device(device)
+        uploader = self.uploader()
         if isinstance(rows, torch.Tensor):
             tensor = rows.detach()
         elif interchange.on_device(rows):
-            tensor = torch.as_tensor(rows, device=device)
-            # Its library may still be writing it on a stream that torch does not know.
-            torch.cuda.synchronize()
-        else:
+            tensor = interchange.take("torch", rows)
+        elif uploader is None:
             tensor = torch.from_numpy(writeable(np.ascontiguousarray(rows, dtype=dtype)))
+        else:
+            tensor = uploader.upload(np.asarray(rows), np.dtype(dtype))
         return tensor.to(device, DTYPES[np.dtype(dtype)]).contiguous()
 
     def to_numpy(self, native: Native) -> Array:
         """Return the tensor's own memory on the CPU, a copy from CUDA."""
         return np.asarray(native.cpu().numpy())
 
+    def uploader(self) -> Uploader | None:
+        """Return that of the current CUDA device."""
+        return None if self.capabilities.device == "cpu" else uploader_of(torch.cuda.current_device())
+
+    def ran_out(self, error: Exception) -> bool:
+        """Return whether torch's allocator found no memory, having emptied its cache."""
+        if not isinstance(error, torch.cuda.OutOfMemoryError):
+            return False
+        torch.cuda.empty_cache()
+        return True
+
     def synchronize(self) -> None:
-        """Wait for the device; a call on the CPU returns when it is done."""
+        """Wait for the current stream, on which everything runs; a call on the CPU returns when it is done."""
         if self.capabilities.device == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
 
     def stopwatch(self) -> Callable[[], float | None]:
         """Record an event on the current stream of a CUDA device, and another at the stop."""
@@ -297,7 +321,8 @@ class TorchSearch(TorchArrays, BlockSearch):
         # As the dot products they belong to: centred, unless the dot itself is wanted.
         shift = 0 if form.rank_uses_norms else CENTRE_OF_UINT8
         dtype = torch.float64 if form.rank_uses_norms else DTYPES[space.accumulator]
-        return BlockCorpus(rows, squared_norms(rows, dtype, shift))
+        narrow = as_int8(rows) if self.capabilities.device == "cuda" and multiplies_int8(rows.device) else None
+        return BlockCorpus(rows, squared_norms(rows, dtype, shift), centred=narrow)
 
     def _block(self, block: BlockCorpus, prepared: BlockCorpus, space: Space, columns: slice) -> Native:
         form, corpus = space.form, prepared.rows[columns]
@@ -306,11 +331,17 @@ class TorchSearch(TorchArrays, BlockSearch):
         assert block.norms is not None
         assert prepared.norms is not None
         norms = block.norms[:, None], prepared.norms[None, columns]
-        if prepared.centred is not None:
+        if prepared.centre is not None:
             assert block.centred is not None
+            assert prepared.centred is not None
             dots = torch.matmul(block.centred, prepared.centred[columns].T)
         else:
-            dots = exact_dot(block.rows, corpus, space)
+            if prepared.centred is None:
+                dots = float_dot(block.rows, corpus, space)
+            else:
+                dots = int8_dot(block.centred, prepared.centred, len(block.rows), columns, space)
+            if form.rank_uses_norms:
+                uncentre(dots, block.rows, corpus, space)
         return form.rank_arrays(torch, FROM_DOT[form.from_dot](dots, *norms), *norms)
 
     def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
@@ -336,6 +367,42 @@ class TorchCudaBackend(TorchSearch):
     capabilities: ClassVar[Capabilities] = Capabilities(device="cuda", metrics=SUPPORTED, certifies=True)
     # Starting a kernel costs as much as the product of a small block.
     largest: ClassVar[Blocks] = Blocks(queries=4096, corpus=16_384, elements=1 << 24)
+
+
+class TorchLane(Lane):
+    """Copies on a stream of torch's."""
+
+    def __init__(self) -> None:
+        self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Native:
+        """Return a tensor of the current device."""
+        return torch.empty(shape, dtype=DTYPES[dtype], device="cuda")
+
+    def page_locked(self, n_bytes: int) -> Array:
+        """Return memory that torch's caching host allocator has back when the array is gone."""
+        return np.asarray(torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True).numpy())
+
+    def is_page_locked(self, rows: Array) -> bool:
+        """Ask the driver, whoever allocated them."""
+        return torch.from_numpy(writeable(rows)).is_pinned()
+
+    def begin(self) -> None:
+        """Wait for torch's current stream."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+
+    def copy(self, source: Array, target: Native, rows: slice) -> Callable[[], None]:
+        """Copy, and record an event."""
+        with torch.cuda.stream(self._stream):
+            target[rows].copy_(torch.from_numpy(writeable(source)), non_blocking=True)
+        wait: Callable[[], None] = self._stream.record_event().synchronize
+        return wait
+
+
+@functools.cache
+def uploader_of(device: int) -> Uploader:
+    """Return the uploader to a CUDA device, by its number, while it is the current one."""
+    return Uploader(TorchLane())
 
 
 def require_device(device: str) -> None:
@@ -469,23 +536,79 @@ def squared_norms(rows: Native, dtype: torch.dtype, shift: int = 0) -> Native:
     return norms
 
 
-def exact_dot(queries: Native, corpus: Native, space: Space) -> Native:
-    """Return the exact dot products that the form wants of uint8 rows: centred, unless the dot itself is wanted.
-
-    The product runs on centred rows in float32, on as many features as it is exact for.
-    """
+def float_dot(queries: Native, corpus: Native, space: Space) -> Native:
+    """Return the dot products of centred uint8 rows, in float32 on as many features as it is exact for."""
     dtype = DTYPES[space.accumulator]
     dots: Any = None
     for features in slices(space.n_features, EXACT_FEATURES):
         a, b = (rows[:, features].to(torch.float32).sub_(CENTRE_OF_UINT8) for rows in (queries, corpus))
         product = torch.matmul(a, b.T).to(dtype)
         dots = product if dots is None else dots.add_(product)
-    if space.form.rank_uses_norms:
-        # q.c = (q - 128).(c - 128) + 128 (sum(q) - 128 n) + 128 sum(c): in this order no sum exceeds the largest q.c.
-        query_sums, corpus_sums = (rows.sum(dim=1, dtype=dtype) for rows in (queries, corpus))
-        dots += CENTRE_OF_UINT8 * (query_sums - CENTRE_OF_UINT8 * space.n_features)[:, None]
-        dots += CENTRE_OF_UINT8 * corpus_sums
     return dots
+
+
+def int8_dot(queries: Native, corpus: Native, n_queries: int, columns: slice, space: Space) -> Native:
+    """Return the dot products of centred uint8 rows, in the integers of the device's matrix units.
+
+    Parameters
+    ----------
+    queries, corpus : (n, n_features) tensors of int8
+        From `as_int8`.
+    n_queries : int
+        Of the queries, without what was added to them.
+    columns : slice
+        Of the corpus.
+    space : Space
+    """
+    width = columns.stop - columns.start
+    rows = corpus[columns.start : columns.start + -(-width // ROWS_MULTIPLE) * ROWS_MULTIPLE]
+    dots: Any = None
+    for features in slices(corpus.shape[1], INT32_FEATURES):
+        product = torch._int_mm(queries[:, features], rows[:, features].T)[:n_queries, :width]
+        product = product.to(DTYPES[space.accumulator])
+        dots = product if dots is None else dots.add_(product)
+    return dots
+
+
+def as_int8(rows: Native) -> Native:
+    """Return uint8 rows less 128 as int8, and zeros beyond them, as `int8_dot` takes any slice of them."""
+    n_rows, n_features = rows.shape
+    shape = max(n_rows + ROWS_MULTIPLE - 1, LEAST_ROWS), -(-n_features // FEATURES_MULTIPLE) * FEATURES_MULTIPLE
+    centred = torch.zeros(shape, dtype=torch.int8, device=rows.device)
+    start = 0
+    for chunk in row_chunks(rows):
+        # The first bit of a byte is worth 128, and of a signed one -128: to turn it over takes away 128.
+        centred[start : start + len(chunk), :n_features] = chunk.bitwise_xor(CENTRE_OF_UINT8).view(torch.int8)
+        start += len(chunk)
+    return centred
+
+
+@functools.cache
+def multiplies_int8(device: torch.device) -> bool:
+    """Return whether torch has exact products of int8 on a device, from computing one of the largest numbers.
+
+    It has none on devices before compute capability 7.5, nor in some builds.
+    """
+    extremes = torch.tensor([-128, 127], dtype=torch.int8, device=device).repeat_interleave(32)
+    rows = extremes.reshape(64, 1).repeat(1, FEATURES_MULTIPLE)
+    try:
+        product = torch._int_mm(rows, rows.T)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError):
+        return False
+    expected = FEATURES_MULTIPLE * extremes.to(torch.int32)[:, None] * extremes.to(torch.int32)
+    return bool(torch.equal(product, expected))
+
+
+def uncentre(dots: Native, queries: Native, corpus: Native, space: Space) -> None:
+    """Turn the dot products of centred uint8 rows, in place, into those of the rows.
+
+    q.c = (q - 128).(c - 128) + 128 (sum(q) - 128 n) + 128 sum(c): in this order no sum exceeds the largest q.c.
+    """
+    query_sums, corpus_sums = (rows.sum(dim=1, dtype=dots.dtype) for rows in (queries, corpus))
+    dots += CENTRE_OF_UINT8 * (query_sums - CENTRE_OF_UINT8 * space.n_features)[:, None]
+    dots += CENTRE_OF_UINT8 * corpus_sums
 
 
 def unit_length(rows: Native) -> Native:

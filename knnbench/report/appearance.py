@@ -55,6 +55,8 @@ _LOOKS = {
     "notebook": Look(COLOURS["grey"], "triangle-left", False),
     "torch-cdist": Look(COLOURS["olive"], "cross", False),
     "torch-cdist-cuda": Look(COLOURS["pink"], "triangle-right", False),
+    "torch-mm": Look(COLOURS["blue"], "cross", False),
+    "torch-mm-cuda": Look(COLOURS["blue"], "triangle-right", False),
     "scipy": Look(COLOURS["teal"], "triangle-up", False),
     "sklearn": Look(COLOURS["purple"], "square", False),
     "faiss": Look(COLOURS["green"], "circle", False),
