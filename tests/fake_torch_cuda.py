@@ -19,7 +19,8 @@ class OnTheCpu(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         def moved(value):
-            return "cpu" if isinstance(value, str) and value == "cuda" else value
+            is_cuda = (isinstance(value, str) and value == "cuda") or getattr(value, "type", None) == "cuda"
+            return "cpu" if is_cuda else value
 
         given = {name: moved(value) for name, value in (kwargs or {}).items() if name != "pin_memory"}
         return function(*map(moved, args), **given)

@@ -16,6 +16,7 @@ from knnbench.backends import backend_status, get_backend, upload
 from knnbench.blocking import DEFAULT_BUDGET, block_shape
 from knnbench.dtypes import COMPUTED
 from knnbench.measure import make_cases, worker
+from knnbench.measure.ceilings import PROBES
 from knnbench.measure.reference import reference_distances
 from knnbench.metrics import METRICS, Space
 
@@ -285,6 +286,15 @@ def test_a_case_is_measured_with_its_copies_apart(op, tmp_path):
     assert turn["peak_device_bytes"] is None or turn["peak_device_bytes"] >= 0
     closed = measured.close()
     assert (closed["status"], closed["n_checked"]) == ("ok", 16)
+
+
+@pytest.mark.parametrize("dtype", COMPUTED)
+@pytest.mark.parametrize("metric", METRICS)
+def test_operations_are_those_of_known_ceilings_of_a_device(metric, dtype):
+    found = get_backend(BACKEND).operations(Space(METRICS[metric], np.dtype(dtype), 20), "knn")
+    assert all(PROBES[name].device == "cuda" and count > 0 for name, count in found.items())
+    if BACKEND == "torch-cuda" and dtype == "uint8" and METRICS[metric].integer.from_dot:
+        assert found == {"cuda-gemm-int8": 1}
 
 
 @pytest.mark.skipif(BACKEND != "cupy", reason="of CuPy only")

@@ -4,6 +4,7 @@ No time is asserted. That a probe measures what it says is read off its machine 
 as often as there are accumulators, each in a register of its own.
 """
 
+import ctypes
 import io
 import itertools
 import json
@@ -394,7 +395,7 @@ def test_a_cpu_without_multiply_add_is_refused(monkeypatch):
 COUNTS = """
 import collections, json, re, sys, tempfile
 from pathlib import Path
-from knnbench.kernels.cuda_probes import chain_source, read_source
+from knnbench.kernels.cuda_probes import INSTRUCTIONS, chain_source, instruction_source, read_source
 from tests.compile_cuda import ARCHITECTURES, compiled_source, examined, run_tool
 
 sources = {name: chain_source(name) for name in ("float32", "float64")} | {"read": read_source()}
@@ -404,6 +405,10 @@ assert sources["one"] != sources["float32"]
 text = "".join(
     re.sub(r"(add_chains|fma_chains|read_words)\\(", rf"{name}_\\1(", source) for name, source in sources.items()
 )
+text += "".join(instruction_source(name).replace(f" {name}(", f" instruction_{name}(") for name in INSTRUCTIONS)
+# Sums that nobody stores: the compiler may leave all of them out.
+removed = instruction_source("sad_uint8").replace("if (sum == start)", "if (0)")
+text += removed.replace(" sad_uint8(", " removed_sad_uint8(")
 records = []
 for architecture in ARCHITECTURES:
     cubin = compiled_source(text, architecture)
@@ -420,7 +425,12 @@ for architecture in ARCHITECTURES:
         ):
             written[name][register] += 1
         source, _, kernel = function.partition("_")
-        records.append({"architecture": architecture, "source": source, "kernel": kernel, "written": written, **found})
+        # As in VABSDIFF4.U8.ACC R5, R6, R7, R5 and IMMA.16832.S8.S8 R4, R8.ROW, R2.COL, R4.
+        names = re.findall(r"/\\*[0-9a-f]{4,}\\*/\\s+(?:@\\S+\\s+)?([A-Z][\\w.]*)", section)
+        records.append({
+            "architecture": architecture, "source": source, "kernel": kernel, "written": written,
+            "instructions": collections.Counter(names), **found,
+        })
 json.dump(records, sys.stdout)
 """
 
@@ -483,6 +493,43 @@ def test_the_device_reads_in_words_of_16_bytes(compiled):
         assert record["local_bytes"] == 0
 
 
+MACHINE_INSTRUCTIONS = {
+    "sad_uint8": ("VABSDIFF4.U8.ACC",),
+    "dot_uint8": ("IDP.4A.U8.U8",),
+    "matrix_int8": ("IMMA.16832.S8.S8",),
+    "matrix_bfloat16": ("HMMA.16816.F32.BF16",),
+}
+
+
+def counted(record):
+    """Return how often a probe's instruction stands in its machine code."""
+    return sum(record["instructions"].get(name, 0) for name in MACHINE_INSTRUCTIONS[record["kernel"]])
+
+
+def test_every_instruction_of_the_device_is_there_and_alone(compiled):
+    records = [record for record in compiled if record["source"] == "instruction"]
+    assert {(r["architecture"], r["kernel"]) for r in records} == {
+        (architecture, name) for architecture in (80, 90, 100) for name in cuda_probes.INSTRUCTIONS
+    }
+    chains_and_steps = cuda_probes.CHAINS * cuda_probes.STEPS
+    for record in records:
+        assert counted(record) % chains_and_steps == 0, record
+        assert counted(record) >= chains_and_steps, record
+        assert record["local_bytes"] == 0
+        # What sets up and adds up the sums, and counts: no other work in the loop.
+        others = sum(record["instructions"].values()) - counted(record)
+        assert others <= 100 + 4 * cuda_probes.CHAINS * cuda_probes.INSTRUCTIONS[record["kernel"]].n_sums, record
+        # Of 65,536 on a multiprocessor, for all the threads that it holds; for matrices half of them.
+        assert record["registers"] <= (64 if record["kernel"].startswith("matrix") else 32)
+
+
+def test_instructions_that_were_removed_are_found(compiled):
+    removed = [record for record in compiled if record["source"] == "removed"]
+    assert len(removed) == 3
+    for record in removed:
+        assert counted(record) < cuda_probes.CHAINS * cuda_probes.STEPS
+
+
 RATE = 1e12
 """What the pretended device does of everything."""
 
@@ -491,7 +538,20 @@ class PretendedCupy(types.ModuleType):
     """As much of CuPy as the probes use, with a clock that what they start moves by what it does."""
 
     ndarray = np.ndarray
-    empty, zeros, ones = (staticmethod(getattr(np, name)) for name in ("empty", "zeros", "ones"))
+    zeros, ones = (staticmethod(getattr(np, name)) for name in ("zeros", "ones"))
+
+    class Matrix(np.ndarray):
+        """An array whose memory has an address on the device."""
+
+        data = property(lambda self: types.SimpleNamespace(ptr=self.ctypes.data))
+
+    @staticmethod
+    def empty(shape, dtype=float):
+        return np.empty(shape, dtype).view(PretendedCupy.Matrix)
+
+    @staticmethod
+    def full(shape, value, dtype=None):
+        return np.full(shape, value, dtype).view(PretendedCupy.Matrix)
 
     def __init__(self):
         super().__init__("cupy")
@@ -513,6 +573,15 @@ class PretendedCupy(types.ModuleType):
             get_elapsed_time=lambda start, stop: 1e3 * (stop.at - start.at),
             get_current_stream=lambda: "stream",
             alloc_pinned_memory=bytearray,
+            cublas=types.SimpleNamespace(
+                gemmEx=self.gemm_ex,
+                CUBLAS_OP_N=0,
+                CUBLAS_OP_T=1,
+                CUBLAS_COMPUTE_32F=68,
+                CUBLAS_COMPUTE_32I=72,
+                CUBLAS_GEMM_DEFAULT=-1,
+            ),
+            device=types.SimpleNamespace(get_cublas_handle=lambda: 5),
             Device=lambda: device,
         )
         pool = types.SimpleNamespace(free_all_blocks=lambda: None)
@@ -524,6 +593,21 @@ class PretendedCupy(types.ModuleType):
     def matmul(self, a, b):
         self.works(a.shape[0] * a.shape[1] * b.shape[1])
 
+    def gemm_ex(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc,
+                computeType, algo):  # fmt: skip
+        """Take what cuBLAS takes for dtypes that go together."""
+        assert (handle, transa, transb, algo) == (5, 1, 0, -1)
+        assert lda == ldb == ldc == m == n == k
+        assert len({A, B, C, alpha, beta}) == 5
+        assert (Atype, Ctype, computeType) in ((3, 10, 72), (14, 0, 68))
+        assert Atype == Btype
+        one = ctypes.c_int32 if Ctype == 10 else ctypes.c_float
+        assert (one.from_address(alpha).value, one.from_address(beta).value) == (1, 0)
+        element, value = (ctypes.c_int8, 1) if Atype == 3 else (ctypes.c_uint16, 0x3F80)
+        assert {element.from_address(x + (n * n - 1) * ctypes.sizeof(element)).value for x in (A, B)} == {value}
+        self.launched.append("gemmEx")
+        self.works(m * n * k)
+
     def RawModule(self, code, options):
         def get_function(name):
             assert f"{name}(" in code
@@ -533,6 +617,20 @@ class PretendedCupy(types.ModuleType):
                 if name == "read_words":
                     self.works(args[0].nbytes)
                     assert int(args[2]) * cuda_probes.WORD_BYTES == args[0].nbytes
+                elif name in cuda_probes.INSTRUCTIONS:
+                    out, start, a, b, iterations = args
+                    assert out.dtype == start.dtype
+                    assert f"{cuda_probes.INSTRUCTIONS[name].sums}* out" in code
+                    assert (
+                        out.dtype
+                        == {"unsigned int": "uint32", "int": "int32", "float": "float32"}[
+                            cuda_probes.INSTRUCTIONS[name].sums
+                        ]
+                    )
+                    assert {a.dtype, b.dtype} == {np.dtype(np.uint32)}
+                    assert (len(out), iterations.dtype) == (grid[0], np.int32)
+                    instructions = grid[0] * block[0] * cuda_probes.CHAINS * cuda_probes.STEPS * int(iterations)
+                    self.works(instructions * cuda_probes.INSTRUCTIONS[name].elements)
                 else:
                     out, *numbers, iterations = args
                     assert {out.dtype} == {number.dtype for number in numbers}
@@ -579,8 +677,11 @@ def test_every_probe_of_the_device_counts_what_it_starts(pretended, monkeypatch,
             monkeypatch.setattr(pretended, function, lambda *_: PretendedArray(pretended), raising=False)
     answer = probe_worker.run_probe(PROBES[name], 1, 0.1)
     assert answer["rate"] == pytest.approx(RATE, rel=1e-9)
-    kind = re.match("cuda-(read|add|fma)", name)
-    assert set(pretended.launched) == ({{"read": "read_words"}.get(kind[1], f"{kind[1]}_chains")} if kind else set())
+    kind, instruction = re.match("cuda-(read|add|fma)", name), name.removeprefix("cuda-").replace("-", "_")
+    expected = {{"read": "read_words"}.get(kind[1], f"{kind[1]}_chains")} if kind else set()
+    expected |= {instruction} & cuda_probes.INSTRUCTIONS.keys()
+    expected |= {"gemmEx"} if name in ("cuda-gemm-int8", "cuda-gemm-bfloat16") else set()
+    assert set(pretended.launched) == expected
 
 
 def test_tf32_is_refused(pretended, monkeypatch):

@@ -270,6 +270,13 @@ class TorchSearch(TorchArrays, BlockSearch):
 
         return losses
 
+    def operations(self, space: Space, op: str) -> dict[str, float]:
+        """Return those of the products, in int8 where the device multiplies uint8 so."""
+        is_product = self.capabilities.device == "cuda" and space.is_integer and space.form.from_dot is not None
+        if is_product and multiplies_int8(torch.device("cuda", torch.cuda.current_device())):
+            return {"cuda-gemm-int8": 1.0}
+        return BlockSearch.operations(self, space, op)
+
     def direct_block(self, queries: Native, corpus: Native, space: Space) -> Native:
         """Return the accumulated values of all pairs.
 

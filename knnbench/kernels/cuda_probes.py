@@ -4,8 +4,21 @@ It needs neither CuPy nor a GPU: the tests compile it for devices that are not t
 """
 
 import string
+from dataclasses import dataclass
 
-__all__ = ["BLOCKS", "CHAINS", "READ_THREADS", "STEPS", "THREADS", "WORD_BYTES", "chain_source", "read_source"]
+__all__ = [
+    "BLOCKS",
+    "CHAINS",
+    "INSTRUCTIONS",
+    "READ_THREADS",
+    "STEPS",
+    "THREADS",
+    "WORD_BYTES",
+    "Instruction",
+    "chain_source",
+    "instruction_source",
+    "read_source",
+]
 
 THREADS = 256
 """Threads a block."""
@@ -71,6 +84,73 @@ extern "C" __global__ void __launch_bounds__($threads) fma_chains(
 }
 """)
 
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """An instruction of PTX that adds to what it has summed.
+
+    Attributes
+    ----------
+    ptx : str
+        With ``$x`` in the place of what it has summed, ``$a`` and ``$b`` of what it multiplies or compares.
+    sums : str
+        The C++ type of a sum.
+    n_sums, n_a, n_b : int
+        32-bit registers of each for a thread.
+    elements : int
+        That it treats a thread, on average: those of a matrix unit are the work of a warp.
+    """
+
+    ptx: str
+    sums: str
+    n_sums: int
+    n_a: int
+    n_b: int
+    elements: int
+
+
+INSTRUCTIONS: dict[str, Instruction] = {
+    "sad_uint8": Instruction("vabsdiff4.u32.u32.u32.add $x, $a, $b, $x;", "unsigned int", 1, 1, 1, 4),
+    "dot_uint8": Instruction("dp4a.u32.u32 $x, $a, $b, $x;", "unsigned int", 1, 1, 1, 4),
+    "matrix_int8": Instruction(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$x}, {$a}, {$b}, {$x};", "int", 4, 4, 2, 16 * 8 * 32 // 32
+    ),
+    "matrix_bfloat16": Instruction(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$x}, {$a}, {$b}, {$x};",
+        "float",
+        4,
+        4,
+        2,
+        16 * 8 * 16 // 32,
+    ),
+}
+"""Those that a kernel's distances may be made of, by name; see the PTX ISA for what each does."""
+
+# The compiler does not look into the instruction, and each is given what the last one of its chain summed: it can
+# leave none out. Two instructions of equal operands but for the sums are not the same to it.
+INSTRUCTION_SOURCE = string.Template(r"""
+extern "C" __global__ void __launch_bounds__($threads) $name(
+    $sums* out, $sums start, unsigned int a, unsigned int b, int iterations)
+{
+    $sums x[$chains][$n_sums];
+    for (int c = 0; c < $chains; ++c)
+        for (int r = 0; r < $n_sums; ++r)
+            x[c][r] = start + ($sums)(c + r + threadIdx.x);
+    for (int i = 0; i < iterations; ++i)
+        #pragma unroll
+        for (int step = 0; step < $steps; ++step)
+            #pragma unroll
+            for (int c = 0; c < $chains; ++c)
+                asm("$ptx" : $outputs : $inputs);
+    $sums sum = 0;
+    for (int c = 0; c < $chains; ++c)
+        for (int r = 0; r < $n_sums; ++r)
+            sum += x[c][r];
+    if (sum == start)
+        out[blockIdx.x] = sum;
+}
+""")
+
 READ_SOURCE = string.Template(r"""
 // Reads all words, which are zero; a thread that finds another stores it.
 extern "C" __global__ void __launch_bounds__($read_threads) read_words(
@@ -109,6 +189,42 @@ def chain_source(dtype: str) -> str:
     """
     kind, fma = {"float32": ("float", "__fmaf_rn"), "float64": ("double", "__fma_rn")}[dtype]
     return CHAIN_SOURCE.substitute(type=kind, fma=fma, threads=THREADS, chains=CHAINS, steps=STEPS)
+
+
+def instruction_source(name: str) -> str:
+    """Return the source of a loop of one of `INSTRUCTIONS`.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    str
+        CUDA C++17 without headers::
+
+            NAME(out, start, a, b, iterations)    x = instruction(a, b) + x
+                grid (blocks,), block (THREADS,); out holds a sum for each block
+
+        `a` and `b` fill the registers of what is multiplied or compared. An iteration is STEPS * CHAINS instructions a
+        thread.
+    """
+    made = INSTRUCTIONS[name]
+    registers = [f"%{number}" for number in range(made.n_sums + made.n_a + made.n_b)]
+    groups = registers[: made.n_sums], registers[made.n_sums : -made.n_b], registers[-made.n_b :]
+    ptx = string.Template(made.ptx).substitute(dict(zip("xab", (", ".join(group) for group in groups), strict=True)))
+    constraint = "f" if made.sums == "float" else "r"
+    return INSTRUCTION_SOURCE.substitute(
+        name=name,
+        ptx=ptx,
+        sums=made.sums,
+        n_sums=made.n_sums,
+        outputs=", ".join(f'"+{constraint}"(x[c][{r}])' for r in range(made.n_sums)),
+        inputs=", ".join(['"r"(a)'] * made.n_a + ['"r"(b)'] * made.n_b),
+        threads=THREADS,
+        chains=CHAINS,
+        steps=STEPS,
+    )
 
 
 def read_source() -> str:

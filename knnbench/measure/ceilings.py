@@ -74,6 +74,20 @@ _PROBES = (
     Probe("cuda-add-float64", "operations/s", "cuda", "additions in independent chains", f"{DEVICE}:add_float64"),
     Probe("cuda-fma-float32", "operations/s", "cuda", "multiply-adds in independent chains", f"{DEVICE}:fma_float32"),
     Probe("cuda-fma-float64", "operations/s", "cuda", "multiply-adds in independent chains", f"{DEVICE}:fma_float64"),
+    Probe("cuda-sad-uint8", "operations/s", "cuda", "absolute differences, summed by four", f"{DEVICE}:sad_uint8"),
+    Probe("cuda-dot-uint8", "operations/s", "cuda", "multiply-adds, summed by four (dp4a)", f"{DEVICE}:dot_uint8"),
+    Probe("cuda-matrix-int8", "operations/s", "cuda", "multiply-adds of mma.sync (IMMA)", f"{DEVICE}:matrix_int8"),
+    Probe(
+        "cuda-matrix-bfloat16", "operations/s", "cuda", "multiply-adds of mma.sync (HMMA)", f"{DEVICE}:matrix_bfloat16"
+    ),
+    Probe("cuda-gemm-int8", "operations/s", "cuda", "multiply-adds of cuBLAS, exact", f"{DEVICE}:gemm_int8"),
+    Probe(
+        "cuda-gemm-bfloat16",
+        "operations/s",
+        "cuda",
+        "multiply-adds of cuBLAS, with sums in float32",
+        f"{DEVICE}:gemm_bfloat16",
+    ),
     Probe(
         "cuda-gemm-float16",
         "operations/s",
