@@ -24,13 +24,14 @@ import knnbench
 from knnbench import datasets
 from knnbench.api import check_k
 from knnbench.backends import backends as backend_statuses
-from knnbench.backends import registry
+from knnbench.backends import backends_on, registry
 from knnbench.cli_report import OUTPUT, print_bars
 from knnbench.cli_report import add_commands as add_report_commands
 from knnbench.cli_selection import INTERRUPTED, add_commands
 from knnbench.dtypes import COMPUTED
 from knnbench.errors import DatasetError, InvalidInputError, KnnbenchError, UnknownBackendError
 from knnbench.measure import OPS, Case, Journal, Plan, make_cases, measure
+from knnbench.measure.ceilings import PROBES, Ceilings
 from knnbench.measure.comparison import ALPHA, MIN_CHANGE, compare_sides, parse_side
 from knnbench.metrics import METRICS, get_metric
 from knnbench.report.summaries import panels_of
@@ -51,6 +52,7 @@ ASV_RESULTS = Path(".asv/results")
 DEFAULT_METRICS = "cityblock,euclidean"
 DEFAULT_TIME_S = 45.0
 DEFAULT_K = (3,)
+DEVICES = ("cpu", "cuda")
 MOST_QUERIES = 10_000
 FAILED = 1
 INVALID = 2
@@ -125,6 +127,9 @@ def run(
     ] = None,
     only: Annotated[str, typer.Option(help="Only cases whose name matches, such as '*/cosine/*'; see --list.")] = "",
     threads: Threads = None,
+    device: Annotated[
+        str, typer.Option(help="Only backends of cpu or cuda; of cuda, what the device can do is measured first.")
+    ] = "",
     time: Annotated[
         float, typer.Option(min=0.1, help="Seconds for all calls together; starting and preparing come on top.")
     ] = DEFAULT_TIME_S,
@@ -146,7 +151,7 @@ def run(
         for case in cases:
             print(case.name)
         return
-    names = _backend_names(backends)
+    names = _on_device(_backend_names(backends), device, named=bool(backends))
     plan = Plan(
         backends=names,
         cases=cases,
@@ -162,7 +167,11 @@ def run(
             err.print(f"going on with the run of {journal.earlier[0].started}", style="dim")
         records += [record for record in journal.earlier if record.complete]
         task = bar.add_task("starting", total=1.0)
-        updates = measure(plan, journal.earlier)
+        ceilings = Ceilings(plan.threads)
+        if device == "cuda":
+            for ceiling in ceilings.measure(name for name, probe in PROBES.items() if probe.device == device):
+                bar.update(task, description=f"ceilings of this device: {ceiling.name}")
+        updates = measure(plan, journal.earlier, ceilings)
         try:
             for update in updates:
                 bar.update(task, description=update.running, completed=update.done)
@@ -208,7 +217,6 @@ def machine(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show what this machine is, and measure what it can do at best."""
-    from knnbench.measure.ceilings import Ceilings
     from knnbench.measure.machine import describe_machine
     from knnbench.report.table import ceilings_table, machine_table
 
@@ -383,6 +391,18 @@ def _backend_names(text: str) -> list[str]:
         if name not in registry():
             raise UnknownBackendError(f"backend {name!r} is unknown; expected one of: {', '.join(registry())}.")
     return list(dict.fromkeys(names))
+
+
+def _on_device(names: list[str], device: str, *, named: bool) -> list[str]:
+    """Return those of the backends that compute on a device, all of them if none is asked for."""
+    if not device:
+        return names
+    _known(device, DEVICES, "--device")
+    found = backends_on(device)
+    others = [name for name in names if name not in found]
+    if others and named:
+        raise InvalidInputError(f"not of device {device}: {', '.join(others)}; leave out --device or these.")
+    return [name for name in names if name in found]
 
 
 def _metric_names(text: str) -> list[str]:

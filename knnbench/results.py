@@ -61,6 +61,8 @@ PHASES: dict[str, str] = {
     "compute": "one call whose queries and answer stay on the device; absent on a CPU, where it is `call`",
     "device": "of each `compute`, what the device's own clock says",
     "copy_out": "the answer of one call, from the device to the host; absent on a CPU",
+    "from_pageable": "one call whose queries and corpus, not prepared, are in ordinary host memory; absent on a CPU",
+    "from_pinned": "the same with both in page-locked memory",
 }
 """The phases of a measurement, each kept apart from the others."""
 

@@ -279,10 +279,15 @@ def test_a_case_is_measured_with_its_copies_apart(op, tmp_path):
     measured = worker._Case(BACKEND, worker.Opening(case, 0.05, *paths, sizes=(8, 60)))
     opened = measured.open()
     assert (opened["status"], opened["reason"]) == ("ok", "")
-    assert opened["phases"].keys() == {"prepare", "first_call", "copy_in", "compute", "device", "copy_out"}
+    copies = {"copy_in", "copy_out", "from_pageable", "from_pinned"}
+    assert opened["phases"].keys() == {"prepare", "first_call", *copies}
     assert min(min(samples) for samples in opened["phases"].values()) > 0
     turn = measured.turn(0.01)
     assert turn["times_s"]
+    # Of each call from the host, one on the device.
+    assert turn["phases"].keys() == {"compute", "device"}
+    assert {len(samples) for samples in turn["phases"].values()} == {len(turn["times_s"])}
+    assert min(min(samples) for samples in turn["phases"].values()) > 0
     assert turn["peak_device_bytes"] is None or turn["peak_device_bytes"] >= 0
     closed = measured.close()
     assert (closed["status"], closed["n_checked"]) == ("ok", 16)

@@ -16,6 +16,7 @@ import knnbench.results
 from knnbench import cli, datasets
 from knnbench.backends import backend_status, registry
 from knnbench.measure import machine, reproduction
+from knnbench.measure.ceilings import PROBES
 from knnbench.measure.process import WorkerEnded
 from knnbench.measure.reproduction import NOTEBOOK, Progress
 from knnbench.results import append_record, read_records
@@ -306,6 +307,37 @@ def test_compare_exits_with_one_on_a_regression(invoke, tmp_path):
     code, _, errors = invoke("compare", "a.jsonl", "nowhere.jsonl")
     assert code == cli.INVALID
     assert "nowhere.jsonl" in errors
+
+
+def test_backends_of_a_device_alone(invoke):
+    # Both are there on any machine.
+    code, _, errors = invoke("run", "--device", "cpu", "--backends", "numpy,torch-cuda", "--list")
+    assert code == 0
+    code, _, errors = invoke("run", "--device", "cpu", "--backends", "numpy,torch-cuda")
+    assert code == cli.INVALID
+    assert "not of device cpu: torch-cuda" in errors
+    code, _, errors = invoke("run", "--device", "gpu")
+    assert code == cli.INVALID
+    assert "'gpu' is not measured; expected one of: cpu, cuda" in errors
+
+
+def test_the_ceilings_of_a_device_are_measured_first(invoke, monkeypatch):
+    log = []
+
+    class Known(cli.Ceilings):
+        def measure(self, names=None):
+            log.extend(names)
+            return iter(())
+
+    def measure(plan, earlier, ceilings):
+        log.append((plan.backends, type(ceilings)))
+        return iter(())
+
+    monkeypatch.setattr(cli, "Ceilings", Known)
+    monkeypatch.setattr(cli, "measure", lambda *given: (_ for _ in measure(*given)))
+    monkeypatch.setattr(cli, "backends_on", lambda device: ["cupy", "torch-cuda"])
+    invoke("run", "--device", "cuda", "--dataset", "digits")
+    assert log == [*(name for name, probe in PROBES.items() if probe.device == "cuda"), (["cupy", "torch-cuda"], Known)]
 
 
 def test_machine_shows_what_it_is_and_what_it_can_do(invoke):

@@ -338,6 +338,22 @@ def test_unit_rows_are_those_of_the_metric(dtype, rng):
     np.testing.assert_allclose((got.astype(float) ** 2).sum(axis=1), 1, rtol=30 * info.eps)
 
 
+def test_roots_are_rounded_as_the_definition_says(rng):
+    squares = rng.integers(1, 2**53, 100_000).astype(np.float64) * rng.integers(1, 2**20, 100_000)
+    assert_identical(backend.NumpyNames("cpu").sqrt(torch.from_numpy(squares)).numpy(), np.sqrt(squares))
+
+
+def test_cosines_of_bytes_are_ranked_by_the_same_numbers(rng):
+    form, (n_queries, n_corpus) = METRICS["cosine"].integer, (50, 2000)
+    norms = (
+        rng.integers(1000, 4000, (n_queries, 1)).astype(float),
+        rng.integers(1000, 4000, (1, n_corpus)).astype(float),
+    )
+    dots = rng.integers(0, 3000, (n_queries, n_corpus)).astype(np.int32)
+    got = form.rank_arrays(backend.NumpyNames("cpu"), *map(torch.from_numpy, (dots, *norms)))
+    assert_identical(got.numpy(), form.rank_arrays(np, dots, *norms))
+
+
 def test_every_metric_has_what_torch_needs():
     assert frozenset(METRICS) == backend.SUPPORTED
     forms = [form for metric in METRICS.values() for form in (metric.floating, metric.integer)]

@@ -24,6 +24,7 @@ __all__ = [
     "Status",
     "backend_status",
     "backends",
+    "backends_on",
     "get_backend",
     "registry",
     "version_of",
@@ -205,6 +206,29 @@ def backends() -> list[Status]:
     ['python', 'numpy', 'numba']
     """
     return [backend_status(name) for name in registry()]
+
+
+def backends_on(device: str) -> list[str]:
+    """Return the names of the backends of a device, with those that do not work here.
+
+    Parameters
+    ----------
+    device : {"cpu", "cuda"}
+
+    Raises
+    ------
+    BackendUnavailableError
+        If none of them works; the text says why for each.
+    """
+    found = {name: backend_status(name) for name in registry()}
+    # One that cannot be imported tells no device.
+    names = [name for name, status in found.items() if (status.device or registry()[name].device) == device]
+    if not any(found[name].ok for name in names):
+        reasons = "; ".join(f"{name}: {found[name].reason}" for name in names)
+        raise BackendUnavailableError(
+            f"no backend computes on device {device!r} here ({reasons}). `knnbench backends` says how to get each."
+        )
+    return names
 
 
 def _probe(backend: Backend) -> str:

@@ -112,6 +112,16 @@ class NumpyNames:
         """Return the median; of an even number the smaller. torch's own has no deterministic form on CUDA."""
         return torch.sort(array, dim=axis).values.select(axis, (array.shape[axis] - 1) // 2)
 
+    def sqrt(self, array: Native) -> Native:
+        """Return roots; those of float64 on the CPU are numpy's.
+
+        torch takes them from a library that rounds one in a hundred to the wrong side (MKL on a Zen 4), which decides
+        between neighbours whose cosines are ranked by them.
+        """
+        if self._device == "cpu" and array.dtype == torch.float64:
+            return torch.from_numpy(np.sqrt(array.numpy()))
+        return torch.sqrt(array)
+
     def maximum(self, array: Native, other: Any) -> Native:
         """Return the larger of each element and another, or of each element and a number."""
         return torch.maximum(array, other) if isinstance(other, torch.Tensor) else torch.clamp(array, min=other)
@@ -349,7 +359,7 @@ class TorchSearch(TorchArrays, BlockSearch):
                 dots = int8_dot(block.centred, prepared.centred, len(block.rows), columns, space)
             if form.rank_uses_norms:
                 uncentre(dots, block.rows, corpus, space)
-        return form.rank_arrays(torch, FROM_DOT[form.from_dot](dots, *norms), *norms)
+        return form.rank_arrays(self.xp, FROM_DOT[form.from_dot](dots, *norms), *norms)
 
     def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
         form = DIRECT_FORMS[space.form.step]

@@ -49,8 +49,8 @@ GRACE_S = 120.0
 MARGIN = 1.25
 RETRIES = 2
 
-# What bounds a kernel that does little with each byte.
-MEMORY_PROBES = {"cpu": "read", "cuda": "cuda-read"}
+# What bounds a kernel that does little with each byte, and what bounds the way to a device.
+MEMORY_PROBES = {"cpu": ("read",), "cuda": ("cuda-read", "copy-in", "copy-out")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,9 @@ class Update:
     records: list[Record] = field(default_factory=list)
 
 
-def measure(plan: Plan, earlier: Iterable[Record] = ()) -> Generator[Update, None, None]:
+def measure(
+    plan: Plan, earlier: Iterable[Record] = (), ceilings: Ceilings | None = None
+) -> Generator[Update, None, None]:
     """Measure a plan.
 
     Parameters
@@ -108,6 +110,8 @@ def measure(plan: Plan, earlier: Iterable[Record] = ()) -> Generator[Update, Non
     earlier : iterable of Record
         What an interrupted run of the same plan left: complete cells are not measured again, and others go on
         from what they have.
+    ceilings : Ceilings, optional
+        That were measured before; those that are missing are measured when they are needed.
 
     Yields
     ------
@@ -116,7 +120,7 @@ def measure(plan: Plan, earlier: Iterable[Record] = ()) -> Generator[Update, Non
         the iterator ends all processes.
     """
     with tempfile.TemporaryDirectory(prefix="knnbench-") as folder:
-        run = _Run(plan, list(earlier), Path(folder))
+        run = _Run(plan, list(earlier), Path(folder), ceilings or Ceilings(plan.threads))
         try:
             yield from run.measure()
         finally:
@@ -195,8 +199,9 @@ class _Cell:
             self._complete(answer)
             return
         self.turns += 1
-        times = [*self.record.times_s, *answer.pop("times_s")]
-        self.record = replace(self.record, **answer, phases={**self.record.phases, "call": times})
+        phases = {"call": answer.pop("times_s"), **answer.pop("phases")}
+        samples = {name: [*self.record.phases.get(name, []), *seconds] for name, seconds in phases.items()}
+        self.record = replace(self.record, **answer, phases={**self.record.phases, **samples})
 
     def has_enough(self, case_s: float) -> bool:
         """Return whether further calls would say little, or the time is spent."""
@@ -226,7 +231,7 @@ class _Cell:
             floor_s=floor_s,
             bound=bound,
             operations=counts if floor_s else {},
-            ceilings=_rates((*counts, MEMORY_PROBES[PROBES[bound].device]), ceilings) if floor_s else {},
+            ceilings=_rates((*counts, *MEMORY_PROBES[PROBES[bound].device]), ceilings) if floor_s else {},
         )
         if floor_s is None or median_s * MARGIN >= floor_s:
             return
@@ -252,12 +257,12 @@ def _known(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Run:
-    def __init__(self, plan: Plan, earlier: list[Record], folder: Path) -> None:
+    def __init__(self, plan: Plan, earlier: list[Record], folder: Path, ceilings: Ceilings) -> None:
         self._plan, self._folder = plan, folder
         self._random = random.Random(plan.seed)
         self._earlier = {record.cell: record for record in earlier}
         self._seats: dict[tuple[str, bool], _Seat] = {}
-        self._ceilings = Ceilings(plan.threads)
+        self._ceilings = ceilings
         commit, dirty = source_commit()
         started = datetime.now(UTC)
         first = earlier[0] if earlier else None

@@ -66,9 +66,10 @@ MATRIX_BYTES = 512 * 1024 * 1024
 # Calls are given the queries from another row on each time, so that no answer can be an earlier one remembered.
 SHIFTS = 16
 
-# Calls in one turn at the most, and copies that are timed.
+# Calls in one turn at the most, and copies that are timed; bytes of rows that are put into page-locked memory.
 TURN_CALLS = 100
 COPIES = 5
+PINNED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,7 @@ class _Case:
         self.meter = CpuMeter(thread_count())
         self.peak = 0
         self.device_peak: int | None = None
+        self.resident: Any = None  # the queries on a device
         self.shifts = itertools.cycle(range(SHIFTS))
         self.checked = 0
 
@@ -146,9 +148,16 @@ class _Case:
         seconds, _, prepared = timed(lambda: prepare(rows, self.case.metric, backend=self.backend_name), self.backend)
         return seconds, prepared
 
-    def compute(self, queries: Any, prepared: Prepared) -> Any:
-        """Return the answer of the case's operation."""
-        return pairwise(queries, prepared) if self.case.k is None else knn(queries, prepared, self.case.k)
+    def compute(self, queries: Any, corpus: Any) -> Any:
+        """Return the answer of the case's operation; the corpus is prepared, or an array."""
+        options: Any = (
+            {} if isinstance(corpus, Prepared) else {"metric": self.case.metric, "backend": self.backend_name}
+        )
+        return (
+            pairwise(queries, corpus, **options)
+            if self.case.k is None
+            else knn(queries, corpus, self.case.k, **options)
+        )
 
     def timed_call(self, n_queries: int, prepared: Prepared) -> tuple[float, Any]:
         """Return the seconds of one call on the first queries, and its answer."""
@@ -220,38 +229,48 @@ class _Case:
         backend = self.backend
         if backend.capabilities.device == "cpu":
             return {}
-        rows = self.rows[: self.sizes[0]]
-        native = backend.to_native(rows, dtype)
-        answer = self.compute(native, self.corpus_prepared)
+        rows, corpus = self.rows[: self.sizes[0]], self.corpus[: self.sizes[1]]
+        self.resident = backend.to_native(rows, dtype)
+        answer = self.compute(self.resident, self.corpus_prepared)
         arrays = answer if isinstance(answer, tuple) else (answer,)
-        samples = [timed(lambda: self.compute(native, self.corpus_prepared), backend) for _ in range(COPIES)]
 
         def repeated(function: Callable[[], Any]) -> list[float]:
             return [timed(function, backend)[0] for _ in range(COPIES)]
 
-        return {
+        phases = {
             "copy_in": repeated(lambda: backend.to_native(rows, dtype)),
-            "compute": [seconds for seconds, _, _ in samples],
-            "device": [seconds for _, seconds, _ in samples if seconds is not None],
             "copy_out": repeated(lambda: [backend.to_numpy(array) for array in arrays]),
+            "from_pageable": repeated(lambda: self.compute(rows, corpus)),
         }
+        uploader = backend.uploader()
+        if uploader is not None and rows.nbytes + corpus.nbytes <= PINNED_BYTES:
+            pinned = uploader.page_locked(rows), uploader.page_locked(corpus)
+            phases["from_pinned"] = repeated(lambda: self.compute(*pinned))
+        return phases
 
     def turn(self, seconds: float) -> dict[str, Any]:
         """Time calls until they fill some seconds, one at the least."""
         n_queries = self.sizes[0]
         times: list[float] = []
+        phases: dict[str, list[float]] = {} if self.resident is None else {"compute": [], "device": []}
         resident, device_peak = start_peak(), self.backend.device_peak()
         with self.meter:
             while not times or (sum(times) < seconds and len(times) < TURN_CALLS):
                 first = next(self.shifts)
                 rows = self.rows[first : first + n_queries]
                 times.append(timed(functools.partial(self.compute, rows, self.corpus_prepared), self.backend)[0])
+                if self.resident is not None:  # in turns with the others, as the calls from the host are
+                    whole = functools.partial(self.compute, self.resident, self.corpus_prepared)
+                    compute_s, device_s, _ = timed(whole, self.backend)
+                    phases["compute"].append(compute_s)
+                    phases["device"] += [] if device_s is None else [device_s]
         self.peak = max(self.peak, peak_since(resident))
         on_device = device_peak()
         if on_device is not None:
             self.device_peak = max(self.device_peak or 0, on_device)
         return {
             "times_s": times,
+            "phases": phases,
             "peak_bytes": self.peak,
             "peak_device_bytes": self.device_peak,
             "contention": self.meter.contention,
