@@ -384,7 +384,7 @@ def test_products_of_int8_are_exact(shape, n_features, rng):
     for step in (1, 3, 8, 64):
         for start in range(0, shape[1], step):
             columns = slice(start, min(start + step, shape[1]))
-            got = backend.int8_dot(a, b, shape[0], columns, space).numpy()
+            got = backend.int8_dot(a, b[start:], (shape[0], columns.stop - start), space).numpy()
             assert_identical(got.astype(np.int64), expected[:, columns])
 
 
@@ -394,8 +394,23 @@ def test_the_right_side_of_every_product_of_int8_is_a_multiple_of_8(rng, monkeyp
     rows = backend.as_int8(torch.from_numpy(rng.integers(0, 256, (61, 5), np.uint8)))
     space = Space(METRICS["euclidean"], np.dtype(np.uint8), 5)
     for columns in (slice(0, 61), slice(60, 61), slice(53, 61), slice(0, 1)):
-        backend.int8_dot(rows, rows, 61, columns, space)
-    assert [width for _, width in widths] == [64, 8, 8, 8]
+        backend.int8_dot(rows, rows[columns.start :], (61, columns.stop - columns.start), space)
+    assert widths == [(61, 64), (61, 8), (61, 8), (61, 8)]
+
+
+@pytest.mark.parametrize("n_features", [1, 15, 16, 17, 784])
+def test_a_packed_corpus_is_at_most_twice_as_large_as_its_rows(n_features, rng, monkeypatch):
+    monkeypatch.setattr(backend.TorchSearch, "_multiplies_int8", lambda engine, rows: True)
+    engine, space = get_backend("torch"), Space(METRICS["euclidean"], np.dtype(np.uint8), n_features)
+    queries, corpus = (torch.from_numpy(rng.integers(0, 256, (n, n_features), np.uint8)) for n in (9, 1000))
+    prepared = engine.prepare(corpus, space)
+    kept = 0 if prepared.centred is None else prepared.centred.nbytes
+    assert kept <= corpus.nbytes + backend.ROWS_MULTIPLE * n_features
+    assert (kept > 0) == (n_features % 16 == 0)
+    found = engine.knn(queries, prepared, 5, space, 1 << 20)
+    expected = knn(queries.numpy(), corpus.numpy(), 5, "sqeuclidean", backend="numpy")
+    assert_identical(found[0].numpy(), expected.distances)
+    assert_identical(found[1].numpy(), expected.indices)
 
 
 def test_more_features_than_int32_can_sum(monkeypatch):
@@ -405,7 +420,7 @@ def test_more_features_than_int32_can_sum(monkeypatch):
     rows[1] = 255
     packed = backend.as_int8(torch.from_numpy(rows))
     space = Space(METRICS["euclidean"], np.dtype(np.uint8), n_features)
-    got = backend.int8_dot(packed, packed, 2, slice(0, 2), space)
+    got = backend.int8_dot(packed, packed, (2, 2), space)
     assert got.dtype == torch.int64
     assert got.tolist() == [
         [n_features * 2**14, -n_features * 128 * 127],

@@ -338,8 +338,9 @@ class TorchSearch(TorchArrays, BlockSearch):
         # As the dot products they belong to: centred, unless the dot itself is wanted.
         shift = 0 if form.rank_uses_norms else CENTRE_OF_UINT8
         dtype = torch.float64 if form.rank_uses_norms else DTYPES[space.accumulator]
-        narrow = as_int8(rows) if self.capabilities.device == "cuda" and multiplies_int8(rows.device) else None
-        return BlockCorpus(rows, squared_norms(rows, dtype, shift), centred=narrow)
+        # Kept where it is as large as the rows: twice as much is what the budget counts of a packed corpus.
+        is_kept = self._multiplies_int8(rows) and space.n_features % FEATURES_MULTIPLE == 0
+        return BlockCorpus(rows, squared_norms(rows, dtype, shift), centred=as_int8(rows) if is_kept else None)
 
     def _block(self, block: BlockCorpus, prepared: BlockCorpus, space: Space, columns: slice) -> Native:
         form, corpus = space.form, prepared.rows[columns]
@@ -353,13 +354,18 @@ class TorchSearch(TorchArrays, BlockSearch):
             assert prepared.centred is not None
             dots = torch.matmul(block.centred, prepared.centred[columns].T)
         else:
-            if prepared.centred is None:
-                dots = float_dot(block.rows, corpus, space)
+            if self._multiplies_int8(corpus):
+                left = as_int8(block.rows) if block.centred is None else block.centred
+                right = as_int8(corpus) if prepared.centred is None else prepared.centred[columns.start :]
+                dots = int8_dot(left, right, (len(block.rows), len(corpus)), space)
             else:
-                dots = int8_dot(block.centred, prepared.centred, len(block.rows), columns, space)
+                dots = float_dot(block.rows, corpus, space)
             if form.rank_uses_norms:
                 uncentre(dots, block.rows, corpus, space)
         return form.rank_arrays(self.xp, FROM_DOT[form.from_dot](dots, *norms), *norms)
+
+    def _multiplies_int8(self, rows: Native) -> bool:
+        return self.capabilities.device == "cuda" and multiplies_int8(rows.device)
 
     def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
         form = DIRECT_FORMS[space.form.step]
@@ -459,7 +465,11 @@ def switches(device: str) -> Iterator[None]:
 
 @contextmanager
 def full_precision(device: str) -> Iterator[None]:
-    """Hold the precision of float32 matrix products at float32."""
+    """Hold the precision of float32 matrix products at float32.
+
+    TF32 rounds factors to 11 bits. Products are then off by up to ``2**-10 |q| |c|``, and squared distances by ``2**-10
+    (|q|^2 + |c|^2)``: more than `knnbench.backends.blockwise.TOLERANCE` of all below ``|q|^2 + |c|^2``, as near ones are.
+    """
     backends: Any = torch.backends  # filled in at run time, so no type checker knows its names
     switch = backends.cuda.matmul if device == "cuda" else backends.mkldnn.matmul
     before = switch.fp32_precision
@@ -564,31 +574,29 @@ def float_dot(queries: Native, corpus: Native, space: Space) -> Native:
     return dots
 
 
-def int8_dot(queries: Native, corpus: Native, n_queries: int, columns: slice, space: Space) -> Native:
-    """Return the dot products of centred uint8 rows, in the integers of the device's matrix units.
+def int8_dot(queries: Native, corpus: Native, shape: tuple[int, int], space: Space) -> Native:
+    """Return the dot products of the first centred uint8 rows, in the integers of the device's matrix units.
 
     Parameters
     ----------
     queries, corpus : (n, n_features) tensors of int8
-        From `as_int8`.
-    n_queries : int
-        Of the queries, without what was added to them.
-    columns : slice
-        Of the corpus.
+        From `as_int8`, from any row of the corpus on.
+    shape : (int, int)
+        How many of each.
     space : Space
     """
-    width = columns.stop - columns.start
-    rows = corpus[columns.start : columns.start + -(-width // ROWS_MULTIPLE) * ROWS_MULTIPLE]
+    n_queries, width = shape
+    left, right = queries[: max(n_queries, LEAST_ROWS)], corpus[: -(-width // ROWS_MULTIPLE) * ROWS_MULTIPLE]
     dots: Any = None
     for features in slices(corpus.shape[1], INT32_FEATURES):
-        product = torch._int_mm(queries[:, features], rows[:, features].T)[:n_queries, :width]
+        product = torch._int_mm(left[:, features], right[:, features].T)[:n_queries, :width]
         product = product.to(DTYPES[space.accumulator])
         dots = product if dots is None else dots.add_(product)
     return dots
 
 
 def as_int8(rows: Native) -> Native:
-    """Return uint8 rows less 128 as int8, and zeros beyond them, as `int8_dot` takes any slice of them."""
+    """Return uint8 rows less 128 as int8, and zeros beyond them, so that `int8_dot` can take any slice of them."""
     n_rows, n_features = rows.shape
     shape = max(n_rows + ROWS_MULTIPLE - 1, LEAST_ROWS), -(-n_features // FEATURES_MULTIPLE) * FEATURES_MULTIPLE
     centred = torch.zeros(shape, dtype=torch.int8, device=rows.device)
