@@ -1,7 +1,9 @@
 """What ``python -m benchmarks.gpu`` prints and keeps, from records made up here; no time in them is one of a GPU."""
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,34 @@ def test_backends_of_a_device():
     assert "torch-cuda" not in backends_on("cpu")
     with pytest.raises(BackendUnavailableError, match="no backend computes on device 'tpu'"):
         backends_on("tpu")
+
+
+def test_a_whole_run_on_a_pretended_device(tmp_path):
+    # Of torch's backends, in processes that pretend from their start; its times are those of a CPU.
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    (tmp_path / "sitecustomize.py").write_text("from tests.fake_torch_cuda import install\ninstall()\n")
+    path, names = tmp_path / "run.jsonl", ("torch-cuda", *gpu.BASELINES)
+    command = [sys.executable, "-m", "knnbench", "run", "--device", "cuda", "--backends", ",".join(names), "--metrics",
+               "euclidean", "--dataset", "digits", "--time", "0.5", "--no-twins", "--output", str(path)]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = {record.backend: record for record in read_records(path)}
+    assert records.keys() == set(names)
+    phases = {"import", "prepare", "first_call", "call", "compute", "device", "copy_in", "copy_out"}
+    for record in records.values():
+        assert (record.status, record.reason) == ("ok", "")
+        assert record.phases.keys() == {*phases, "from_pageable", "from_pinned"}
+        assert len(record.phases["device"]) == len(record.phases["compute"]) == len(record.times_s)
+    assert {record.run for record in records.values()} == {records["torch-cuda"].run}
+    # What is shown of them, had all queries been measured in so short a time: the ratios of one run.
+    records = {name: replace(record, measured_queries=record.n_queries) for name, record in records.items()}
+    case = gpu.Case("knn", "euclidean", "digits", "uint8", 3, 359, 1438, 64)
+    assert case.name == records["torch-cuda"].case
+    line = gpu.Target(case, "device", ("cuda-gemm-int8", 1), of_product=0.7)
+    (row,) = rows_of([line], list(records.values()))
+    ratio = records["torch-cuda"].phase_s("device") / records["torch-mm-cuda"].phase_s("device")
+    assert row["mm"] == f"{ratio:.3g}"
+    assert row["met"] == ("yes" if ratio <= 0.7 else "no")

@@ -468,7 +468,8 @@ def full_precision(device: str) -> Iterator[None]:
     """Hold the precision of float32 matrix products at float32.
 
     TF32 rounds factors to 11 bits. Products are then off by up to ``2**-10 |q| |c|``, and squared distances by ``2**-10
-    (|q|^2 + |c|^2)``: more than `knnbench.backends.blockwise.TOLERANCE` of all below ``|q|^2 + |c|^2``, as near ones are.
+    (|q|^2 + |c|^2)``: more than `knnbench.backends.blockwise.TOLERANCE` of all below ``|q|^2 + |c|^2``, where near rows
+    are.
     """
     backends: Any = torch.backends  # filled in at run time, so no type checker knows its names
     switch = backends.cuda.matmul if device == "cuda" else backends.mkldnn.matmul
