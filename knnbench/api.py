@@ -230,7 +230,7 @@ def pairwise(
     if not interchange.on_device(task.queries):
         require_memory(shape[0] * row_bytes, f"a result of {shape[0]:,} x {shape[1]:,} distances")
     blocks, parts = task.query_blocks(row_bytes), task.corpus_parts()
-    packed = task.packed_whole(blocks, parts)
+    packed = task.packed_whole(parts[0]) if len(blocks) == len(parts) == 1 else None
     if packed is not None:
         return task.answer(task.pairwise(blocks[0], packed))
     result: Array | None = None
@@ -341,7 +341,7 @@ def knn(
     blocks, parts = task.query_blocks(k * (task.space.ranked.itemsize + 8)), task.corpus_parts()
     ranked: Any
     indices: Any
-    packed = task.packed_whole(blocks, parts)
+    packed = task.packed_whole(parts[0]) if len(blocks) == len(parts) == 1 else None
     if packed is not None:
         ranked, indices = task.knn(blocks[0], packed, k)
         if progress is not None:
@@ -586,6 +586,7 @@ class _Task:
     budget: int
     check_finite: bool = True
     centre: Array | None = None  # of the whole corpus, where it is searched in parts
+    is_full: bool = False  # the device has no room for the whole corpus
     budget_left: int = 0
 
     def __post_init__(self) -> None:
@@ -676,18 +677,19 @@ class _Task:
         """Return a block of queries as the backend's own array."""
         return self.engine.to_native(self.queries[block], self.space.dtype)
 
-    def packed_whole(self, blocks: list[slice], parts: list[slice]) -> Any:
-        """Return the whole corpus in the backend's own form, None if it is to be searched in parts.
+    def packed_whole(self, part: slice) -> Any:
+        """Return the corpus in the backend's own form, as it is kept for all calls.
 
-        So it is with several blocks or parts, and where the device turns out to have no room for all of it.
+        None if the part is not all of it, if it is read block by block, or if the device has no room for it.
         """
-        if len(blocks) > 1 or len(parts) > 1 or self.is_streamed:
+        if self.is_streamed or part != slice(0, self.prepared.shape[0]) or self.centre is not None or self.is_full:
             return None
         try:
-            return self.packed(parts[0])
+            return self.prepared.packed(self.space.dtype)
         except Exception as error:
             if not self.engine.ran_out(error):
                 raise
+        self.is_full = True
         return None
 
     def packed(self, part: slice) -> Any:
@@ -719,7 +721,11 @@ class _Task:
             if self.centre is None and len(parts) > 1:
                 self.centre = centre_of(self.prepared.rows, self.space)
             for part in parts:
-                yield from self._pieces(part.start, self.prepared.rows[part])
+                packed = self.packed_whole(part)
+                if packed is None:
+                    yield from self._pieces(part.start, self.prepared.rows[part])
+                else:
+                    yield part, packed
             return
         stream = self.prepared.rows
         if self.centre is None and isinstance(stream, MappedStream):
@@ -754,6 +760,8 @@ class _Task:
             del rows
             yield slice(start, stop), packed
             return
+        if self.centre is None:
+            self.centre = centre_of(rows, self.space)
         for part in slices(len(rows), (len(rows) + 1) // 2):
             yield from self._pieces(start + part.start, rows[part])
 

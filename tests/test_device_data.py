@@ -320,6 +320,35 @@ def test_a_corpus_that_does_not_fit_is_searched_in_pieces_that_do(full, rng, tmp
         )
 
 
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_prepared_corpus_is_packed_once_for_many_blocks_of_queries(full, rng, monkeypatch, is_full):
+    queries, corpus = problem(rng, "float32")
+    expected = knn(queries, corpus, 4, backend="numpy")
+    prepared = prepare(corpus, backend="numpy")
+    full.rows_seen.clear()
+    if is_full:
+        prepared._packed.clear()
+        full.rows = 60
+    monkeypatch.setattr(api._Task, "query_blocks", lambda task, answer_bytes: [slice(0, 4), slice(4, 9)])
+    got = knn(queries, prepared, 4)
+    assert_identical(got.indices, expected.indices)
+    np.testing.assert_allclose(got.distances, expected.distances, rtol=1e-6)
+    # The whole of it is tried as what is kept, and as a part.
+    assert full.rows_seen == ([101, 101, 51, 50] if is_full else [])
+
+
+def test_pieces_of_floats_are_centred_about_one_point(full, rng, monkeypatch):
+    queries, corpus = problem(rng, "float32")
+    centres, pack = [], type(get_backend("numpy")).prepare_about
+    monkeypatch.setattr(
+        type(get_backend("numpy")), "prepare_about", lambda self, *args: centres.append(args[1]) or pack(self, *args)
+    )
+    full.rows = 30
+    knn(queries, corpus, 4, backend="numpy")
+    assert len(centres) >= 4
+    assert all(np.array_equal(centre, centres[0]) for centre in centres)
+
+
 @pytest.mark.parametrize(
     "operation", [lambda q, c: knn(q, c, 3, backend="numpy").indices, lambda q, c: pairwise(q, c, backend="numpy")]
 )

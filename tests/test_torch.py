@@ -428,6 +428,13 @@ def test_more_features_than_int32_can_sum(monkeypatch):
     ]
 
 
+def test_both_errors_of_a_full_device_are_known():
+    engine = get_backend("torch")
+    assert engine.ran_out(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    assert engine.ran_out(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
+    assert not engine.ran_out(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_products_of_int8_that_are_wrong_or_absent_are_not_used(monkeypatch):
     device = torch.device("cpu")
     multiplies = backend.multiplies_int8.__wrapped__

@@ -197,8 +197,8 @@ class TorchArrays(Backend):
         return None if self.capabilities.device == "cpu" else uploader_of(torch.cuda.current_device())
 
     def ran_out(self, error: Exception) -> bool:
-        """Return whether torch's allocator found no memory, having emptied its cache."""
-        if not isinstance(error, torch.cuda.OutOfMemoryError):
+        """Return whether torch's allocator, or cuBLAS, found no memory, having emptied the former's cache."""
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "CUBLAS_STATUS_ALLOC_FAILED" not in str(error):
             return False
         torch.cuda.empty_cache()
         return True
