@@ -115,8 +115,8 @@ class NumpyNames:
     def sqrt(self, array: Native) -> Native:
         """Return roots; those of float64 on the CPU are numpy's.
 
-        torch takes them from a library that rounds one in a hundred to the wrong side (MKL on a Zen 4), which decides
-        between neighbours whose cosines are ranked by them.
+        torch takes them from a library that rounds one in a hundred to the wrong side (MKL, on an AMD EPYC), which
+        decides between neighbours whose cosines are ranked by them.
         """
         if self._device == "cpu" and array.dtype == torch.float64:
             return torch.from_numpy(np.sqrt(array.numpy()))
