@@ -283,10 +283,11 @@ class Space:
         Notes
         -----
         With u = eps / 2, a dot product of n terms is off by at most ``n u |q| |c|`` and a squared norm by ``n u |q|^2``
-        in any order of summation [1]_, the two additions that join them by ``3 u (|q|^2 + |c|^2)``, and subtracting the
-        centre moves a squared distance by at most ``4.1 u (|q|^2 + |c|^2)``: together less than ``(2 n + 8) u (|q|^2 +
-        |c|^2)``. The norms themselves are known to ``n u`` of their size, which the factor ``1 + n eps`` covers. What
-        is left of ``8 u`` is for those who evaluate the bound, and for a filter that rounds its limit once: numba's
+        in any order of summation [1]_, the two additions that join them by ``3 u (|q|^2 + |c|^2)``, or ``4 u`` where
+        |q|^2 comes last, as on CUDA devices, and subtracting the centre moves a squared distance by at most ``4.1 u
+        (|q|^2 + |c|^2)``: together less than ``(2 n + 9) u (|q|^2 + |c|^2)``. The norms themselves are known to ``n u``
+        of their size, which the factor ``1 + n eps`` covers. What is left of ``7 u`` is for those who evaluate the
+        bound, and for a filter that rounds its limit once: numba's
         takes ``limit = kth - |q|^2 + G (|q|^2 + (|q| + sqrt(kth))^2 + kth)`` and leaves out what has ``|c|^2 - 2 q.c``
         above it, so that the exact value of what it leaves out is at least `kth`. Underflow comes on top, see
         `knnbench.bounds`.

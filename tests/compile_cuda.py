@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import types
+from collections import Counter
 from pathlib import Path
 
 import numba
@@ -23,14 +24,20 @@ from knnbench.backends import numba_cuda
 from knnbench.blocking import DEFAULT_BUDGET
 from knnbench.dtypes import COMPUTED
 from knnbench.kernels import cuda_tiles
-from knnbench.kernels.cuda_source import EXPRESSIONS, direct_source
+from knnbench.kernels.cuda_search import search_of
+from knnbench.kernels.cuda_source import EXPRESSIONS, direct_source, norms_source
 from knnbench.metrics import METRICS, Space, as_accumulated, unchanged
 
 ARCHITECTURES = (80, 90, 100)
 COMPILED_FOR = (8, 0)
 
+ENTRY = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^()]*\) )?(\w+)\(')
+
 # Rows that fit 32-bit sums of uint8, and rows that need 64 bits.
 N_FEATURES = {"uint8": (3, 40_000), "float32": (3,), "float64": (3,)}
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)")
+HOT = 32
 
 DOUBLE = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX)\b|\.F64|64H\b")
 
@@ -126,7 +133,10 @@ def run_tool(name, *args):
 
 
 def examined(cubin):
-    """Return, by function, its registers, its bytes of local memory and its instructions in double precision."""
+    """Return, by function, its registers, its bytes of local memory, its instructions in double precision, its loops.
+
+    A loop is the count of each instruction between a label and a jump: those that have `HOT` times the same.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "code.cubin")
         path.write_bytes(cubin)
@@ -136,14 +146,23 @@ def examined(cubin):
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", resources
     ):
         text = code.partition(f".section\t.text.{name},")[2].partition(".section\t")[0]
-        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", text)
+        instructions = INSTRUCTION.findall(text)
         assert instructions, f"no instructions of {name}"
         found[name] = {
             "registers": int(registers),
             "local_bytes": int(stack) + int(local),
             "doubles": sorted({name for name in instructions if DOUBLE.search(name)}),
+            "instructions": dict(Counter(instructions)),
+            "loops": hot_blocks(text),
         }
     return found
+
+
+def hot_blocks(text):
+    """Return the counts of instructions between labels and jumps, where one of them comes `HOT` times."""
+    blocks = re.split(r"^\.L\w+:|\bBRA\b.*", text, flags=re.MULTILINE)
+    counts = (Counter(INSTRUCTION.findall(block)) for block in blocks)
+    return [dict(count) for count in counts if count and max(count.values()) >= HOT]
 
 
 def may_use_double(kernel, signature):
@@ -217,28 +236,81 @@ def planted():
     return [literal, spill]
 
 
-def compile_sources():
-    """Return what became of the C++ kernels on every architecture."""
-    spaces = {}
-    for dtype in map(np.dtype, COMPUTED):
-        for metric in METRICS.values():
-            for n_features in N_FEATURES[dtype.name]:
-                space = Space(metric, dtype, n_features)
-                if space.form.accumulate in EXPRESSIONS:
-                    spaces[space.form.accumulate.__name__, dtype.name, space.accumulator.name] = space
-    # In one text, each in a namespace of its own: the tools take half a second however little they are given.
-    text = "".join(
-        f"namespace n{number} {{ {direct_source(space).replace('accumulate_', f'n{number}_accumulate_')} }}\n"
-        for number, space in enumerate(spaces.values())
-    )
-    names = ("accumulate", "dtype", "accumulator")
+def together(sources):
+    """Return sources as one text, each in a namespace of its own: the tools take half a second for however little."""
+    texts = []
+    for number, source in enumerate(sources):
+        for kernel in ENTRY.findall(source):
+            source = re.sub(rf"\b{kernel}\(", f"n{number}_{kernel}(", source)
+        texts.append(f"namespace n{number} {{ {source} }}\n")
+    return "".join(texts)
+
+
+def compile_sources(described):
+    """Return what became of C++ sources, ``[(source, description)]``, on every architecture."""
+    text = together(source for source, _ in described)
     records = []
     for architecture in ARCHITECTURES:
         for function, found in examined(compiled_source(text, architecture)).items():
             number, _, kernel = function[1:].partition("_")
-            about = dict(zip(names, list(spaces)[int(number)], strict=True))
-            records.append({"architecture": architecture, "kernel": kernel, **about, **found})
+            records.append({"architecture": architecture, "kernel": kernel, **described[int(number)][1], **found})
     return records
+
+
+def spaces():
+    for dtype in map(np.dtype, COMPUTED):
+        for metric in METRICS.values():
+            for n_features in N_FEATURES[dtype.name]:
+                yield Space(metric, dtype, n_features)
+
+
+def direct_sources():
+    """Return the sources of the direct form with what they compute."""
+    different = {
+        (space.form.accumulate.__name__, space.dtype.name, space.accumulator.name): space
+        for space in spaces()
+        if space.form.accumulate in EXPRESSIONS
+    }
+    names = "accumulate", "dtype", "accumulator"
+    return [(direct_source(space), dict(zip(names, key, strict=True))) for key, space in different.items()]
+
+
+def searches():
+    """Return the sources of the fused search, with all tiles and widths of copies that the backend takes.
+
+    And those of norms, which it wants.
+    """
+    different = {}
+    for space in spaces():
+        for direct in (False, True) if not space.is_integer else (False,):
+            for n_queries in (1, 100):
+                for copy_bytes in (16, max(4, space.dtype.itemsize)):
+                    search = search_of(space, n_queries=n_queries, direct=direct, copy_bytes=copy_bytes)
+                    if search:
+                        form = space.form
+                        function = form.accumulate if direct or not form.from_dot else form.from_dot
+                        about = {"function": function.__name__, "dtype": space.dtype.name, "copy_bytes": copy_bytes}
+                        room = 65_536 // (search.tile.threads * search.tile.blocks)
+                        about |= {"per_thread": search.tile.per_thread, "most_registers": min(255, room)}
+                        different.setdefault(search.source, about)
+    norms = [(norms_source(np.dtype(name)), {"dtype": name}) for name in ("int32", "int64", "float64")]
+    return [*different.items(), *norms]
+
+
+def faulty_searches():
+    """Return sources of the fused search, of absolute differences of bytes, with faults that must be found."""
+    plants = {
+        "literal": ("return ordered(x) < limit;", "return ordered(x) * 0.5 < limit;"),
+        "spill": ("__launch_bounds__(threads, 2) search", "__launch_bounds__(threads, 4) search"),
+        "intrinsic": ("return add_differences(acc, a, b);", "return acc + __vsadu4(a, b);"),
+        "wide": ("Chunk a[down];", "acc[0][0] += u32(u64(acc[0][1]) * acc[0][2] >> 32); Chunk a[down];"),
+    }
+    space = Space(METRICS["cityblock"], np.dtype(np.uint8), 3)
+    source = search_of(space).source
+    (about,) = (about for other, about in searches() if other == source)
+    for correct, _ in plants.values():
+        assert source.count(correct) == 1, correct
+    return [(source.replace(*plant), {**about, "fault": fault}) for fault, plant in plants.items()]
 
 
 def pretend_to_have_a_device():
@@ -258,7 +330,9 @@ def main():
     if sys.argv[1:] != ["cache"]:
         records["numba"] = compile_numba(kernels)
         records["planted"] = compile_numba(planted())
-        records["source"] = compile_sources()
+        records["source"] = compile_sources(direct_sources())
+        records["search"] = compile_sources(searches())
+        records["faulty"] = compile_sources(faulty_searches())
     json.dump(records, sys.stdout)
 
 

@@ -2,7 +2,10 @@
 
 Each thread of a block is a coroutine of its own: it runs until a barrier or its end, then the next one does. A
 barrier that is missing therefore shows, as does one that not all threads reach, a shared array indexed past its
-end, a signed overflow, or a write past the end of an argument. Blocks run one after the other.
+end, a signed overflow, or a write or an asynchronous copy past the end of an argument. Blocks run one after the other.
+
+Instructions that C++ has no words for have stand-ins. What all threads of a warp do together, they do between barriers
+of the warp; and an asynchronous copy is made as late as the program allows, so that a wait that is missing shows.
 """
 
 import ctypes
@@ -17,21 +20,134 @@ import numpy as np
 
 HEADER = r"""
 #include <ucontext.h>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
 #include <vector>
 
 struct Index { unsigned x, y, z; };
 static Index threadIdx, blockIdx, blockDim, gridDim;
 static ucontext_t main_context;
-struct Thread { ucontext_t context; std::vector<char> stack; bool waits, ended; };
-static Thread* running;
+struct Copy { void* to; const void* from; unsigned size, n_bytes; };
+enum State { RUNS, WAITS_FOR_WARP, WAITS_FOR_BLOCK, ENDED };
+struct Thread {
+    ucontext_t context;
+    std::vector<char> stack;
+    State state;
+    std::vector<Copy> started;
+    std::deque<std::vector<Copy>> groups;
+    unsigned given[8];
+    const void* place;
+};
+static Thread *running, *warp;  // warp: the first of 32
 
-static void barrier() { running->waits = true; swapcontext(&running->context, &main_context); }
+static void wait(State state) { running->state = state; swapcontext(&running->context, &main_context); }
 
 #define __global__
 #define __device__ static
 #define __shared__ static
 #define __launch_bounds__(...)
-#define __syncthreads() barrier()
+#define __syncthreads() wait(WAITS_FOR_BLOCK)
+
+using std::fabs;
+using std::sqrt;
+
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static std::vector<uint4> dynamic_memory;
+
+// What a kernel may read by asynchronous copies: its arguments.
+static std::vector<std::pair<const char*, size_t>> arguments;
+static bool reads_outside;
+extern "C" void allow(const char* start, size_t n_bytes) { arguments.push_back({start, n_bytes}); }
+
+static unsigned atomicAdd(unsigned* place, unsigned n) { unsigned old = *place; *place += n; return old; }
+
+static unsigned __byte_perm(unsigned low, unsigned high, unsigned selector)
+{
+    const uint64_t both = uint64_t(high) << 32 | low;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= unsigned(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return result;
+}
+
+static unsigned differences(unsigned a, unsigned b)
+{
+    unsigned result = 0;
+    for (int i = 0; i < 32; i += 8) result |= unsigned(std::abs(int(a >> i & 255) - int(b >> i & 255))) << i;
+    return result;
+}
+
+static unsigned add_differences(unsigned sum, unsigned a, unsigned b)
+{
+    for (int i = 0; i < 32; i += 8) sum += unsigned(std::abs(int(a >> i & 255) - int(b >> i & 255)));
+    return sum;
+}
+
+static unsigned __vmaxu2(unsigned a, unsigned b)
+{
+    return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
+}
+// Of numbers in float16 that are neither negative nor NaN.
+static unsigned larger_halves(unsigned a, unsigned b) { return __vmaxu2(a, b); }
+
+template <unsigned size> static void copy_async(void* to, const void* from, unsigned n_bytes)
+{
+    if (uintptr_t(to) % size || uintptr_t(from) % size) __builtin_trap();
+    const char* const start = static_cast<const char*>(from);
+    reads_outside |= n_bytes && std::none_of(arguments.begin(), arguments.end(), [&](auto argument) {
+        return start >= argument.first && start + n_bytes <= argument.first + argument.second;
+    });
+    running->started.push_back({to, from, size, n_bytes});
+}
+static void end_of_group()
+{
+    running->groups.push_back(running->started);
+    running->started.clear();
+}
+template <unsigned n_groups> static void wait_for_all_but()
+{
+    for (; running->groups.size() > n_groups; running->groups.pop_front())
+        for (const Copy& copy : running->groups.front()) {
+            memset(copy.to, 0, copy.size);
+            if (copy.n_bytes) memcpy(copy.to, copy.from, copy.n_bytes);
+        }
+}
+
+// Threads 8 m to 8 m + 7 give the rows of matrix m; each gets, of every matrix, 4 bytes of row lane / 4.
+static void load_matrices(unsigned (&to)[4], const void* row)
+{
+    running->place = row;
+    wait(WAITS_FOR_WARP);
+    const unsigned lane = running - warp;
+    for (int m = 0; m < 4; ++m)
+        memcpy(&to[m], static_cast<const char*>(warp[8 * m + lane / 4].place) + lane % 4 * 4, 4);
+    wait(WAITS_FOR_WARP);
+}
+
+// Row i of the first matrix is held by lanes 4 (i % 8) to 4 (i % 8) + 3, its columns 16 h to 16 h + 15 in register
+// i / 8 + 2 h; column j of the second by lanes 4 j to 4 j + 3.
+static int dot_of_32(unsigned i, unsigned j)
+{
+    int sum = 0;
+    for (unsigned f = 0; f < 32; ++f) {
+        const unsigned part = f / 4 % 4, half = f / 16, shift = f % 4 * 8;
+        const unsigned a = warp[i % 8 * 4 + part].given[i / 8 + 2 * half], b = warp[j * 4 + part].given[4 + half];
+        sum += int(a >> shift & 255) * int(b >> shift & 255);
+    }
+    return sum;
+}
+static void multiply_add(int& c0, int& c1, int& c2, int& c3, const unsigned (&a)[4], unsigned b0, unsigned b1)
+{
+    memcpy(running->given, a, sizeof(a));
+    running->given[4] = b0, running->given[5] = b1;
+    wait(WAITS_FOR_WARP);
+    const unsigned lane = running - warp, i = lane / 4, j = lane % 4 * 2;
+    c0 += dot_of_32(i, j), c1 += dot_of_32(i, j + 1);
+    c2 += dot_of_32(i + 8, j), c3 += dot_of_32(i + 8, j + 1);
+    wait(WAITS_FOR_WARP);
+}
 """
 
 LAUNCHER = r"""
@@ -44,14 +160,37 @@ static void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
 template <auto kernel> struct Entry {
     static void** args;
     template <typename... A> static void call_it(void (*k)(A...)) { call(k, args, std::index_sequence_for<A...>()); }
-    static void run() { call_it(kernel); running->ended = true; swapcontext(&running->context, &main_context); }
+    static void run() { call_it(kernel); running->state = ENDED; swapcontext(&running->context, &main_context); }
 };
 template <auto kernel> void** Entry<kernel>::args;
 
-// Returns 0, or 1 if some threads of a block wait at a barrier while others have ended.
+// Runs the threads of a warp until all wait for the block or have ended; returns whether all do the same.
+static bool run_warp(std::vector<Thread>& threads, size_t first)
+{
+    const size_t end = std::min(first + 32, threads.size());
+    for (;;) {
+        size_t counts[4] = {};
+        warp = &threads[first];
+        for (size_t t = first; t < end; ++t) {
+            running = &threads[t];
+            threadIdx = {unsigned(t % blockDim.x), unsigned(t / blockDim.x), 0};
+            if (running->state == RUNS) swapcontext(&main_context, &running->context);
+            ++counts[running->state];
+        }
+        if (counts[WAITS_FOR_WARP] != end - first)
+            return counts[WAITS_FOR_BLOCK] == end - first || counts[ENDED] == end - first;
+        for (size_t t = first; t < end; ++t) threads[t].state = RUNS;
+    }
+}
+
+// Returns 0; 1 if some threads of a block or a warp wait at a barrier while others do not; 2 if something is written
+// past the shared memory that was asked for; 3 if something is copied that is no argument.
 template <auto kernel> static int launch(const unsigned* dims, void** args)
 {
     Entry<kernel>::args = args;
+    const uint4 guard = {~0u, ~0u, ~0u, ~0u};
+    dynamic_memory.assign(dims[4] / sizeof(uint4) + 5, guard);
+    reads_outside = false;
     gridDim = {dims[0], dims[1], 1};
     blockDim = {dims[2], dims[3], 1};
     std::vector<Thread> threads(blockDim.x * blockDim.y);
@@ -62,24 +201,25 @@ template <auto kernel> static int launch(const unsigned* dims, void** args)
             getcontext(&thread.context);
             thread.context.uc_stack.ss_sp = thread.stack.data();
             thread.context.uc_stack.ss_size = thread.stack.size();
-            thread.ended = false;
+            thread.state = RUNS;
+            thread.groups.clear();
             makecontext(&thread.context, Entry<kernel>::run, 0);
         }
-        for (unsigned ended = 0; ended < threads.size();) {
-            unsigned waiting = 0;
-            for (unsigned t = 0; t < threads.size(); ++t) {
-                running = &threads[t];
-                if (running->ended) continue;
-                running->waits = false;
-                threadIdx = {t % blockDim.x, t / blockDim.x, 0};
-                swapcontext(&main_context, &running->context);
-                waiting += running->waits;
-                ended += running->ended;
-            }
-            if (waiting && ended) return 1;
+        for (size_t ended = 0; ended < threads.size();) {
+            bool agree = true;
+            for (size_t first = 0; first < threads.size(); first += 32) agree &= run_warp(threads, first);
+            if (!agree) return 1;
+            ended = 0;
+            for (Thread& thread : threads)
+                if (thread.state == ENDED) ++ended; else thread.state = RUNS;
+            if (ended && ended < threads.size()) return 1;
         }
     }
-    return 0;
+    const unsigned char* const memory = reinterpret_cast<unsigned char*>(dynamic_memory.data());
+    for (size_t i = dims[4]; i < dims[4] + 4 * sizeof(uint4); ++i)
+        if (memory[i] != 255) return 2;
+    arguments.clear();
+    return 3 * reads_outside;
 }
 """
 
@@ -103,6 +243,7 @@ class Kernels:
         )
         with tempfile.TemporaryDirectory() as folder:
             path, library = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
+            source = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1* const \2 = dynamic_memory.data();", source)
             path.write_text(HEADER + source + LAUNCHER + entries)
             command = [compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
             # Traps, because the library of messages cannot be loaded into a running Python.
@@ -111,7 +252,7 @@ class Kernels:
             assert done.returncode == 0, done.stderr
             self._library = ctypes.CDLL(str(library))
 
-    def launch(self, name, grid, block, args):
+    def launch(self, name, grid, block, args, shared_mem=0):
         """Run a kernel; `args` are C-contiguous arrays, which it may change, and numpy scalars."""
         grid, block = ((*size, 1)[:2] for size in (grid, block))
         held, pointers = [], []
@@ -120,12 +261,20 @@ class Kernels:
                 assert arg.flags.c_contiguous, f"{name} is given an array with strides {arg.strides}"
                 held.append(np.concatenate([GUARD, arg.reshape(-1).view(np.uint8), GUARD]))
                 pointers.append(ctypes.c_void_p(held[-1].ctypes.data + GUARD.size))
+                self._library.allow(pointers[-1], ctypes.c_size_t(arg.nbytes))
             else:
                 held.append(np.array(arg))
                 pointers.append(np.ctypeslib.as_ctypes(held[-1].reshape(1)))
         addresses = (ctypes.c_void_p * len(args))(*(ctypes.addressof(pointer) for pointer in pointers))
         function = getattr(self._library, f"run_{name}")
-        assert function((ctypes.c_uint * 4)(*grid, *block), addresses) == 0, f"{name}: a barrier not all threads reach"
+        failed = function((ctypes.c_uint * 5)(*grid, *block, shared_mem), addresses)
+        faults = (
+            "",
+            "waits at a barrier not all threads reach",
+            "writes past its shared memory",
+            "reads past an argument",
+        )
+        assert not failed, f"{name} {faults[failed]}"
         for arg, memory in zip(args, held, strict=True):
             if isinstance(arg, np.ndarray):
                 assert (memory[: GUARD.size] == GUARD).all(), f"{name} writes before an argument"

@@ -10,6 +10,7 @@ import operator
 import sys
 import time
 import types
+import typing
 
 import numpy as np
 
@@ -253,18 +254,36 @@ class RawModule:
         self._kernels = cuda_emulator.compiled(code)
 
     def get_function(self, name):
-        def launch(grid, block, args):
-            self._kernels.launch(name, grid, block, tuple(map(unwrap, args)))
+        return RawKernel(self._kernels, name)
 
-        return launch
+
+class RawKernel:
+    # Of the function on the device, which all objects made of it share.
+    _allowed: typing.ClassVar = {}
+
+    def __init__(self, kernels, name):
+        self._kernels, self._name = kernels, name
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        return self._allowed.get((self._kernels, self._name), 48 << 10)
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, n_bytes):
+        self._allowed[self._kernels, self._name] = n_bytes
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        assert shared_mem <= self.max_dynamic_shared_size_bytes, f"{self._name} is not allowed {shared_mem} bytes"
+        assert shared_mem <= Device.attributes["MaxSharedMemoryPerBlockOptin"]
+        self._kernels.launch(self._name, grid, block, tuple(map(unwrap, args)), shared_mem)
 
 
 class MemoryPointer:
     def __init__(self, address):
-        self._address = address
+        self.ptr = address
 
     def copy_from_host_async(self, mem, size, stream=None):
-        ctypes.memmove(self._address, mem, size)
+        ctypes.memmove(self.ptr, mem, size)
 
 
 class OutOfMemoryError(MemoryError):
@@ -285,6 +304,15 @@ class Stream:
 
     def wait_event(self, event):
         event.synchronize()
+
+
+class Device:
+    id = 0
+    compute_capability = "90"
+    attributes: typing.ClassVar = {"MultiProcessorCount": 3, "MaxSharedMemoryPerBlockOptin": 227 << 10}
+
+    def __init__(self, device=None):
+        assert device in (None, 0), f"there is no device {device}"
 
 
 class Event:
@@ -329,7 +357,7 @@ def install():
         Event=Event,
         get_elapsed_time=get_elapsed_time,
         alloc_pinned_memory=bytearray,
-        Device=lambda: types.SimpleNamespace(id=0),
+        Device=Device,
         memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         runtime=types.SimpleNamespace(pointerGetAttributes=lambda ptr: types.SimpleNamespace(type=0), memoryTypeHost=1),
     )

@@ -29,9 +29,9 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 EDGE, FEATURES = (4, 3) if SIMULATED else (64, 16)
 # Where a backend asks for its blocks, and a budget that makes them smaller on both sides than what is passed here.
 BLOCKED_IN = {
-    "numba-cuda": "knnbench.backends.numba_cuda",
-    "cupy": "knnbench.backends.blockwise",
-    "torch-cuda": "knnbench.backends.blockwise",
+    "numba-cuda": ["knnbench.backends.numba_cuda"],
+    "cupy": ["knnbench.backends.cupy", "knnbench.backends.blockwise"],
+    "torch-cuda": ["knnbench.backends.blockwise"],
 }
 BLOCK_BUDGET = {"numba-cuda": 40 if SIMULATED else 600, "cupy": 90_000, "torch-cuda": 90_000}
 
@@ -109,7 +109,8 @@ def test_blocks_do_not_show(metric, dtype, rng, monkeypatch):
     n_features = FEATURES + 1
     queries, corpus = rows_of(rng, dtype, EDGE, n_features, high=5), rows_of(rng, dtype, 3 * EDGE, n_features, high=5)
     engine, space = get_backend(BACKEND), Space(METRICS[metric], queries.dtype, n_features)
-    monkeypatch.setattr(importlib.import_module(BLOCKED_IN[BACKEND]), "block_shape", recorded)
+    for module in BLOCKED_IN[BACKEND]:
+        monkeypatch.setattr(importlib.import_module(module), "block_shape", recorded)
     native, prepared = on_device(queries), engine.prepare(on_device(corpus), space)
 
     def answers(budget):
@@ -117,13 +118,33 @@ def test_blocks_do_not_show(metric, dtype, rng, monkeypatch):
         return [to_host(array) for array in found]
 
     whole, parts = answers(DEFAULT_BUDGET), answers(BLOCK_BUDGET[BACKEND])
-    assert shapes[0] == (EDGE, 3 * EDGE)
+    # One operation of each backend goes through the corpus without asking for blocks of it.
+    assert (EDGE, 3 * EDGE) in shapes[:2]
     assert shapes[2][0] < EDGE
-    assert shapes[2][1] < 3 * EDGE
+    assert any(1 < n_corpus < 3 * EDGE for _, n_corpus in shapes[2:])
     assert_identical(parts[1], whole[1])
     if space.is_integer or BACKEND == "numba-cuda":
         assert_identical(parts[0], whole[0])
         assert_identical(parts[2], whole[2])
+
+
+@pytest.mark.skipif(SIMULATED, reason="the simulator would take minutes")
+@pytest.mark.parametrize(
+    ("dtype", "k", "spread", "budget"),
+    [("float32", 3, 1e-3, 22_000), ("float32", 1030, 1e-3, 80_000), ("float64", 100, 1e-6, 12_500)],
+)
+def test_products_that_cancel_are_computed_again(dtype, k, spread, budget, rng):
+    # Rows too near each other for products, as some lie far away; in blocks whose lists together are long.
+    corpus = 1000 * np.where(rng.random((1200, 1)) < 0.95, 1, -1) + spread * rng.normal(size=(1200, 5))
+    queries = 1000 + spread * rng.normal(size=(9, 5))
+    queries, corpus = queries.astype(dtype), corpus.astype(dtype)
+    space = Space(METRICS["sqeuclidean"], queries.dtype, 5)
+    engine = get_backend(BACKEND)
+    native, prepared = on_device(queries), engine.prepare(on_device(corpus), space)
+    found = engine.knn(native, prepared, k, space, budget)
+    expected = knn(queries, corpus, k, "sqeuclidean", backend="python")
+    assert_identical(to_host(found[1]), expected.indices)
+    assert_distances_close(to_host(found[0]), expected.distances, 1e-6 * expected.distances)
 
 
 def test_a_small_budget_of_the_caller(rng):
@@ -300,6 +321,17 @@ def test_operations_are_those_of_known_ceilings_of_a_device(metric, dtype):
     assert all(PROBES[name].device == "cuda" and count > 0 for name, count in found.items())
     if BACKEND == "torch-cuda" and dtype == "uint8" and METRICS[metric].integer.from_dot:
         assert found == {"cuda-gemm-int8": 1}
+
+
+@pytest.mark.skipif(BACKEND != "cupy", reason="of CuPy only")
+def test_a_device_without_the_shared_memory(rng, monkeypatch):
+    from knnbench.backends import cupy as module
+
+    started = []
+    monkeypatch.setattr(module, "start", lambda *args: started.append(args))
+    monkeypatch.setattr(module, "device_limits", lambda device: (3, 48 << 10))
+    check(rows_of(rng, "uint8", 3, 5), rows_of(rng, "uint8", 9, 5), "sqeuclidean", 2)
+    assert not started
 
 
 @pytest.mark.skipif(BACKEND != "cupy", reason="of CuPy only")

@@ -6,13 +6,16 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from knnbench.dtypes import COMPUTED
+from knnbench.kernels.cuda_search import FEW_TILE, TENSOR_TILE, TILES, WAYS
 from knnbench.kernels.cuda_source import EXPRESSIONS
 
 from .conftest import REQUIRED
@@ -65,7 +68,7 @@ def faults(records):
         record
         for record in records
         if record["local_bytes"]
-        or record["registers"] > MOST_REGISTERS
+        or record["registers"] > record.get("most_registers", MOST_REGISTERS)
         or (record["doubles"] and not record["may_use_double"])
     ]
 
@@ -129,3 +132,123 @@ def test_compiled_kernels_are_kept_on_disk(found, cache):
     assert (again["hits"], again["misses"]) == (len(first["code"]), 0)
     assert again["code"] == first["code"]
     assert len(set(first["code"])) > len(first["code"]) // 2
+
+
+# What the inner loop of the fused search consists of, by the function that accumulates and the dtype: instructions, and
+# how many of them a value and word, or a multiplication, takes. Compute capability 8.0 compares bytes in five.
+LOOPS = {
+    ("squares_from_dot", "uint8"): {"IMMA.16832.U8.U8": 1},
+    ("dot_itself", "uint8"): {"IMMA.16832.U8.U8": 1},
+    ("add_absolute", "uint8"): {"VABSDIFF4.U8.ACC": 1},
+    ("keep_largest", "uint8"): {"VABSDIFF4.U8": 1, "VIMNMX3.U16x2": 1, "IMAD.SHL.U32": 1},
+    ("squares_from_dot", "float32"): {"FFMA.FTZ": 1},
+    ("add_absolute", "float32"): {"FADD.FTZ": 2},
+    ("add_square", "float32"): {"FADD.FTZ": 1, "FFMA.FTZ": 1},
+    ("keep_largest", "float32"): {"FADD.FTZ": 1, "FMNMX.FTZ": 1},
+    ("add_absolute", "float64"): {"DADD": 2},
+    ("add_square", "float64"): {"DADD": 1, "DFMA": 1},
+    ("keep_largest", "float64"): {"DADD": 2, "DSETP": 1, "FSEL": 2},
+}
+OLDER_LOOPS = {
+    ("keep_largest", "uint8"): {"VABSDIFF4.U8": 1, "LOP3.LUT": 1, "PRMT": 1, "HMNMX2": 2},
+}
+# Of three numbers where the hardware does it in one.
+SYNONYMS = {"FMNMX3.FTZ": ("FMNMX.FTZ", 2), "DSETP.GT.AND": ("DSETP", 1), "DSETP.GEU.AND": ("DSETP", 1)}
+
+# What else may be in an inner loop, addresses, the count and the jump: so many instructions, or this share.
+LARGEST_REST, LARGEST_SHARE = 24, 0.15
+ELSEWHERE = re.compile(r"U?IMAD\.(WIDE|HI)|LDL|STL|LDG\.|STG")
+
+
+def loop_faults(records):
+    """Return what is wrong with the inner loops of the fused search, as it is run for many queries."""
+    wrong = []
+    for record in records:
+        if record["kernel"] != "search" or record["per_thread"] == list(FEW_TILE.per_thread):
+            continue
+        key = record["function"], record["dtype"]
+        loop_of = LOOPS | OLDER_LOOPS if record["architecture"] < 90 else LOOPS
+        needed = loop_of[key]
+        down, across = record["per_thread"]
+        words = {"uint8": 4, "float32": 4, "float64": 2}[record["dtype"]]
+        is_tensor = "IMMA.16832.U8.U8" in needed
+        n = down // 2 * across // 2 if is_tensor else down * across * words
+        loads = ("LDSM.16.M88.4", down // 2 + across // 4) if is_tensor else ("LDS.128", down + across)
+        loops = [loop for loop in map(spelt, record["loops"]) if all(loop.get(name, 0) >= n for name in needed)]
+        if len(loops) != (TENSOR_TILE.slice_bytes // 32 if is_tensor else 1):
+            wrong.append((record, "number of loops"))
+        if sum(loop.get(loads[0], 0) for loop in loops) != len(loops) * loads[1]:
+            wrong.append((record, "loads"))
+        for loop in loops:
+            rest = sum(loop.values()) - loop.get(loads[0], 0) - n * sum(needed.values())
+            most = max(LARGEST_REST, LARGEST_SHARE * sum(loop.values()))
+            if any(loop[name] < n * times for name, times in needed.items()) or not 0 <= rest <= most:
+                wrong.append((record, f"{rest} other instructions"))
+            if any(map(ELSEWHERE.match, loop)):
+                wrong.append((record, "wide multiplications or memory"))
+    return wrong
+
+
+def spelt(loop):
+    counts = Counter()
+    for name, count in loop.items():
+        other, times = SYNONYMS.get(name, (name, 1))
+        counts[other] += count * times
+    return counts
+
+
+def searches_of(found):
+    return [record for record in found["search"] if record["kernel"] == "search"]
+
+
+def test_every_search_is_there(found):
+    got = {(r["architecture"], r["function"], r["dtype"], r["copy_bytes"]) for r in searches_of(found)}
+    ways = {
+        (function.__name__, dtype)
+        for function, is_integer in WAYS
+        for dtype in (["uint8"] if is_integer else ["float32", "float64"])
+    } - {("squares_from_dot", "float64")}
+    assert LOOPS.keys() == ways
+    assert got == {
+        (architecture, *way, copy_bytes)
+        for architecture in ARCHITECTURES
+        for way in ways
+        for copy_bytes in (16, 8 if way[1] == "float64" else 4)
+    }
+    tiles = {tuple(r["per_thread"]) for r in searches_of(found)}
+    assert tiles == {tile.per_thread for tile in (*TILES.values(), TENSOR_TILE, FEW_TILE)}
+    merges = [record for record in found["search"] if record["kernel"] == "merge"]
+    assert len(merges) == len(searches_of(found))
+
+
+def may_use_double(record):
+    """Return whether cosines, which rank in float64, or rows or norms are of double precision."""
+    return record["dtype"] == "float64" or record.get("function") == "dot_itself"
+
+
+def test_no_search_has_a_fault(found):
+    assert not faults({**record, "may_use_double": may_use_double(record)} for record in found["search"])
+    # Cosines are computed in double precision as they are listed, not in the inner loop.
+    assert all(not any(name.startswith("D") for name in loop) for r in searches_of(found)
+               if r["dtype"] == "uint8" for loop in r["loops"])  # fmt: skip
+
+
+def test_inner_loops_are_what_they_should_be(found):
+    assert not loop_faults(found["search"])
+
+
+def test_tiles_come_by_copies_of_16_bytes(found):
+    for record in searches_of(found):
+        copies = {name: n for name, n in record["instructions"].items() if name.startswith("LDGSTS")}
+        assert any(".128" in name for name in copies) == (record["copy_bytes"] == 16), copies
+
+
+@pytest.mark.parametrize("fault", ["literal", "spill", "intrinsic", "wide"])
+def test_planted_faults_of_searches_are_found(fault, found):
+    planted = [record for record in found["faulty"] if (record["fault"], record["kernel"]) == (fault, "search")]
+    assert {record["architecture"] for record in planted} == ARCHITECTURES
+    of_kernels = faults({**record, "may_use_double": may_use_double(record)} for record in planted)
+    of_loops = [record for record in planted if loop_faults([record])]
+    assert {"literal": of_kernels, "spill": of_kernels}.get(fault, of_loops) == [
+        {**record, "may_use_double": False} if fault in ("literal", "spill") else record for record in planted
+    ]

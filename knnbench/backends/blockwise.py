@@ -14,10 +14,8 @@ cancels, so there
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -91,6 +89,8 @@ class BlockCorpus:
 
 class BlockSearch(Backend):
     """An own backend that searches block by block; what a block is computed with is its own.
+
+    One that computes and selects at once brings its own `_nearest`, with the blocks that this wants (`_search_blocks`).
 
     Attributes
     ----------
@@ -170,11 +170,11 @@ class BlockSearch(Backend):
         ranked = xp.empty((len(queries), k), dtype=space.ranked)
         indices = xp.empty((len(queries), k), dtype=np.int64)
         wanted = k if prepared.centre is None else min(k + SPARE, n_corpus)
-        blocks = self._blocks(len(queries), n_corpus, wanted, space, budget)
+        blocks = self._search_blocks(len(queries), n_corpus, wanted, space, budget)
         with self.settings():
             for rows in slices(len(queries), blocks.queries):
                 block = self._take_queries(queries[rows], prepared, space)
-                found = self._select(partial(self._block, block, prepared, space), n_corpus, wanted, blocks)
+                found = self._nearest(block, prepared, wanted, space, blocks)
                 if prepared.centre is not None:
                     found = self._mend_neighbors(*found, k, block, prepared, blocks, space)
                 ranked[rows], indices[rows] = found
@@ -185,13 +185,11 @@ class BlockSearch(Backend):
         n_queries, n_corpus = len(queries), len(prepared.rows)
         indices = self.xp.empty((n_queries, count), dtype=np.int64)
         floor, last = np.empty(n_queries), np.empty(n_queries)
-        blocks = self._blocks(n_queries, n_corpus, count, space, budget)
+        blocks = self._search_blocks(n_queries, n_corpus, count, space, budget)
         with self.settings():
             for rows in slices(n_queries, blocks.queries):
                 block = self._take_queries(queries[rows], prepared, space)
-                values, indices[rows] = self._select(
-                    partial(self._block, block, prepared, space), n_corpus, count, blocks
-                )
+                values, indices[rows] = self._nearest(block, prepared, count, space, blocks)
                 last[rows] = self.to_numpy(values[:, -1])
                 floor[rows] = self._floor(last[rows], block, prepared, space)
         form = "differences" if prepared.centre is None else "products"
@@ -213,15 +211,17 @@ class BlockSearch(Backend):
     def _take_queries(self, queries: Native, prepared: BlockCorpus, space: Space) -> BlockCorpus:
         return self._take(self._prepared_rows(queries, space), prepared.centre, space)
 
-    def _direct_columns(self, queries: Native, prepared: BlockCorpus, space: Space, columns: slice) -> Native:
-        return self.direct_block(queries, prepared.rows[columns], space)
-
-    def _select(
-        self, values_of: Callable[[slice], Native], n_corpus: int, k: int, blocks: Blocks
+    def _nearest(
+        self, block: BlockCorpus, prepared: BlockCorpus, k: int, space: Space, blocks: Blocks, *, direct: bool = False
     ) -> tuple[Native, Native]:
+        """Return the values to rank and indices of the k nearest, by the form that blocks prefer or the direct one."""
         selection = Selection(self.xp, k)
-        for columns in slices(n_corpus, blocks.corpus):
-            selection.update(values_of(columns), columns.start)
+        for columns in slices(len(prepared.rows), blocks.corpus):
+            if direct:
+                values = self.direct_block(block.rows, prepared.rows[columns], space)
+            else:
+                values = self._block(block, prepared, space, columns)
+            selection.update(values, columns.start)
         return selection.values, selection.indices
 
     def _mend_neighbors(
@@ -249,8 +249,9 @@ class BlockSearch(Backend):
         good &= largest_sum <= float(np.finfo(space.dtype).max) / 4
         again = xp.nonzero(~good)[0]
         if len(again):
-            direct_of = partial(self._direct_columns, block.rows[again], prepared, space)
-            ranked[again], nearest[again] = self._select(direct_of, n_corpus, k, blocks)
+            ranked[again], nearest[again] = self._nearest(
+                BlockCorpus(block.rows[again]), prepared, k, space, blocks, direct=True
+            )
         return ranked, nearest
 
     def _mend_rows(
@@ -285,6 +286,10 @@ class BlockSearch(Backend):
             i, j = xp.nonzero((part < most[:, None]) & ~spoilt[:, None])
             if len(i):
                 part[i, j] = self._pairs(block.rows, prepared.rows, i, j + columns.start, space, blocks.elements)
+
+    def _search_blocks(self, n_queries: int, n_corpus: int, k: int, space: Space, budget: int) -> Blocks:
+        """Return the blocks that the k nearest are searched in."""
+        return self._blocks(n_queries, n_corpus, k, space, budget)
 
     def _blocks(self, n_queries: int, n_corpus: int, k: int, space: Space, budget: int) -> Blocks:
         """Return the largest useful blocks, from what the methods hold at the same time."""

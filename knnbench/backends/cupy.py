@@ -1,30 +1,69 @@
-"""CuPy: cuBLAS where a metric has a Gram form, otherwise one CUDA C++ kernel for the direct form."""
+"""CuPy: neighbours by the fused search of `knnbench.kernels.cuda_search`, distances by cuBLAS or a kernel of our own.
+
+What the fused search does not take (more than 1,024 neighbours, products in float64, uint8 rows whose sums need 64
+bits, devices before compute capability 8.0 or with too little shared memory) is searched block by block.
+"""
 
 import functools
+import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import cupy
 import numpy as np
 
 from knnbench import interchange
+from knnbench.blocking import block_shape
 from knnbench.dtypes import Array
 from knnbench.errors import BackendUnavailableError
-from knnbench.kernels.cuda_source import PAIR_THREADS, THREADS, TILE, direct_source
+from knnbench.kernels.cuda_search import CHUNK, LARGEST_K, MERGED, MOST_ROWS, Search, merge_shape, parts_of, search_of
+from knnbench.kernels.cuda_source import (
+    NORM_THREADS,
+    PAIR_THREADS,
+    THREADS,
+    TILE,
+    direct_source,
+    norms_source,
+)
 from knnbench.metrics import Space
 
-from .base import Capabilities, Native, Scan, scan_rows
-from .blockwise import Blocks, BlockwiseBackend
+from .base import Capabilities, Native, Scan, float_operations, scan_rows
+from .blockwise import CENTRE_OF_UINT8, SPARE, BlockCorpus, Blocks, BlockSearch, BlockwiseBackend
 from .upload import Lane, Uploader
 
 __all__ = ["CupyBackend"]
 
 TF32_VARIABLE = "CUPY_TF32"
 
+# Bytes of a row from which on padding it to a multiple of `CHUNK` adds at most a quarter. Shorter ones are padded to
+# `WORD`, the smallest piece that is copied to shared memory.
+PADDED_BYTES = 4 * CHUNK
+WORD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRows(BlockCorpus):
+    """Rows with what the fused search wants of them.
+
+    Attributes
+    ----------
+    packed : (n, any) native array
+        What is accumulated: `rows` or `centred`, with zeros at the ends that 128-bit loads need.
+    own_norms : native array or None
+        Squared norms (n,) of `packed`, where the search uses norms.
+    columns : native array or None
+        What the search looks at for each row of the corpus: its squared norm, or the reciprocal of its length.
+    """
+
+    packed: Native = None
+    own_norms: Native | None = None
+    columns: Native | None = None
+
 
 class CupyBackend(BlockwiseBackend):
-    """The blockwise search on CuPy arrays.
+    """The fused search, and the blockwise one where that ends.
 
     Notes
     -----
@@ -82,6 +121,12 @@ class CupyBackend(BlockwiseBackend):
         wide = ranked.astype(np.float64) if is_rounded else ranked
         return space.form.finish(cupy, wide).astype(space.output, copy=False)
 
+    def operations(self, space: Space, op: str) -> dict[str, float]:
+        """Return those of the products, or of the direct form on floats; uint8 neighbours take other units."""
+        if space.is_integer and (op == "knn" or space.form.from_dot is None):
+            return {}
+        return float_operations("cuda", space, product=True)
+
     def stopwatch(self) -> Callable[[], float | None]:
         """Record an event on the current stream, and another at the stop."""
         start, end = cupy.cuda.Event(), cupy.cuda.Event()
@@ -110,6 +155,86 @@ class CupyBackend(BlockwiseBackend):
         kernel = direct_module(space).get_function("accumulate_block")
         kernel(grid, (THREADS, THREADS), (queries, corpus, out, *sizes))
         return out
+
+    def _take(self, rows: Native, centre: Native | None, space: Space) -> SearchRows:
+        if centre is not None:
+            centred = padded(rows - centre)
+            norms = cupy.einsum("nf,nf->n", centred, centred)
+            return SearchRows(rows, norms, centre, centred, centred, norms, norms)
+        packed = padded(rows)
+        if space.form.from_dot is None:
+            return SearchRows(rows, packed=packed)
+        if space.form.rank_uses_norms:
+            norms = squared_norms(rows, space.ranked, centre=0)
+            return SearchRows(rows, norms, None, None, packed, norms, (1 / cupy.sqrt(norms)).astype(np.float32))
+        norms = squared_norms(rows, space.accumulator, centre=CENTRE_OF_UINT8)
+        own_norms = squared_norms(rows, space.accumulator, centre=0)
+        return SearchRows(rows, norms, None, None, packed, own_norms, own_norms)
+
+    def _search_blocks(self, n_queries: int, n_corpus: int, k: int, space: Space, budget: int) -> Blocks:
+        search = fused(space, k, n_queries, n_corpus)
+        if search is None:
+            return self._blocks(n_queries, n_corpus, k, space, budget)
+        # What a query holds: its own rows, the lists, and as they are computed once more.
+        row_bytes = 4 * (space.n_features * max(WORD, space.dtype.itemsize) + CHUNK)
+        lists = search.list_bytes(k)
+        queries, _ = block_shape(
+            n_queries,
+            1,
+            budget=budget,
+            per_pair=row_bytes + lists + 6 * k * (space.ranked.itemsize + 8),
+            max_queries=n_queries,
+        )
+        # Half of what is left: lists of parts only serve to give all multiprocessors work.
+        left = max(0, budget - queries * (row_bytes + lists)) // 2
+        most = min(MERGED // k, 1 + left // (queries * lists))
+        multiprocessors, _ = device_limits(cupy.cuda.Device().id)
+        tiles = -(-queries // search.tile_queries), -(-n_corpus // search.tile_corpus)
+        n_parts = parts_of(*tiles, search.tile.blocks * multiprocessors, most)
+        return Blocks(queries, -(-n_corpus // n_parts), 0)
+
+    def _nearest(
+        self, block: BlockCorpus, prepared: BlockCorpus, k: int, space: Space, blocks: Blocks, *, direct: bool = False
+    ) -> tuple[Native, Native]:
+        # The direct form is asked for after a search of more candidates, whose blocks these are.
+        if fused(space, k + SPARE * direct, len(block.rows), len(prepared.rows)) is None:
+            return BlockSearch._nearest(self, block, prepared, k, space, blocks, direct=direct)
+        if direct:
+            block, prepared = SearchRows(block.rows, packed=block.rows), SearchRows(prepared.rows, packed=prepared.rows)
+        assert isinstance(block, SearchRows)
+        assert isinstance(prepared, SearchRows)
+        queries, corpus = block.packed, prepared.packed
+        n_queries, row_bytes = len(queries), queries.shape[1] * queries.dtype.itemsize
+        copy_bytes = math.gcd(CHUNK, row_bytes, queries.data.ptr, corpus.data.ptr)
+        search = search_of(space, n_queries=n_queries, direct=direct, copy_bytes=copy_bytes)
+        assert search is not None
+        n_corpus, part_rows = len(corpus), blocks.corpus
+        n_parts = -(-n_corpus // part_rows)
+        lists = n_parts, k + search.tile_corpus, n_queries
+        keys, rows = cupy.empty(lists, search.key), cupy.empty(lists, np.uint32)
+        # A search without norms does not look at what stands for them.
+        norms = (corpus,) * 3
+        if prepared.own_norms is not None:
+            norms = block.own_norms, prepared.own_norms, prepared.columns
+        start(
+            kernel(search.source, "search", search.shared_bytes),
+            (-(-n_queries // search.tile_queries), n_parts),
+            search.tile.threads,
+            (queries, corpus, *norms, keys, rows),
+            (n_queries, n_corpus, row_bytes, part_rows, k),
+            search.shared_bytes,
+        )
+        values, indices = cupy.empty((n_queries, k), space.ranked), cupy.empty((n_queries, k), np.int64)
+        threads, size = merge_shape(n_parts * k)
+        start(
+            kernel(search.source, "merge", MERGED * search.pair_bytes),
+            (n_queries,),
+            threads,
+            (keys, rows, values, indices),
+            (n_queries, n_parts, lists[1], k, size),
+            size * search.pair_bytes,
+        )
+        return values, indices
 
     def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
         out = cupy.empty(len(i), dtype=space.accumulator)
@@ -156,6 +281,62 @@ class CupyLane(Lane):
 def uploader_of(device: int) -> Uploader:
     """Return the uploader to a device, by its number, while it is the current one."""
     return Uploader(CupyLane())
+
+
+def fused(space: Space, k: int, n_queries: int, n_corpus: int) -> Search | None:
+    """Return the fused search of a problem, None if there is none or the device is too small for it."""
+    search = search_of(space, n_queries=n_queries) if k <= LARGEST_K and n_corpus <= MOST_ROWS else None
+    _, shared_memory = device_limits(cupy.cuda.Device().id)
+    return search if search and search.shared_bytes <= shared_memory else None
+
+
+@functools.cache
+def device_limits(device: int) -> tuple[int, int]:
+    """Return how many multiprocessors a device has, and the bytes of shared memory that a block of threads may take.
+
+    Asked once, as CuPy asks for all attributes at a time. 0 bytes where asynchronous copies are missing.
+    """
+    attributes, has_copies = cupy.cuda.Device(device).attributes, int(cupy.cuda.Device(device).compute_capability) >= 80
+    return int(attributes["MultiProcessorCount"]), has_copies * int(attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+def padded(rows: Native) -> Native:
+    """Return rows as the fused search reads them: where they do not lie so, a copy with zeros at the ends."""
+    n_rows, n_features = rows.shape
+    unit = CHUNK if n_features * rows.dtype.itemsize >= PADDED_BYTES else WORD
+    step = max(1, unit // rows.dtype.itemsize)
+    width = -(-n_features // step) * step
+    if width == n_features and rows.data.ptr % unit == 0:
+        return rows
+    result = cupy.zeros((n_rows, width), rows.dtype)
+    result[:, :n_features] = rows
+    return result
+
+
+def squared_norms(rows: Native, dtype: np.dtype[Any], *, centre: int) -> Native:
+    """Return the squared norms of uint8 rows less a centre, by the CUDA kernel."""
+    norms = cupy.empty(len(rows), dtype)
+    arguments = rows, norms, np.int64(rows.shape[1]), np.int32(centre)
+    _module(norms_source(dtype)).get_function("squared_norms")((len(rows),), (NORM_THREADS,), arguments)
+    return norms
+
+
+def start(
+    function: Any, grid: tuple[int, ...], threads: int, arrays: tuple[Native, ...], sizes: tuple[int, ...], shared: int
+) -> None:
+    """Start a kernel of the fused search on the current stream; its sizes have 32 bits."""
+    function(grid, (threads,), (*arrays, *map(np.uint32, sizes)), shared_mem=shared)
+
+
+@functools.cache
+def kernel(source: str, name: str, shared_bytes: int) -> Any:
+    """Return a kernel that may be started with so much shared memory: more than 48 KiB must be asked for.
+
+    That is the kernel's, whoever starts it: each is always to be asked for with the same number.
+    """
+    function = _module(source).get_function(name)
+    function.max_dynamic_shared_size_bytes = shared_bytes
+    return function
 
 
 def direct_module(space: Space) -> Any:

@@ -1,0 +1,797 @@
+"""The CUDA C++ source of the fused search: values in tiles, of which only what may be among the k nearest is written.
+
+A block of threads holds some queries and goes through a part of the corpus, a tile of rows at a time. Slices of both
+sides come to shared memory by asynchronous copies, some slices ahead; every thread accumulates several rows by
+several columns in registers. Of a finished tile, a value below the k-th of its query goes to a list in memory, which a
+thread for each query then takes into a heap. The expected number of those is ``k (1 + ln(n / k))`` of n rows, so what
+decides is the accumulation:
+
+==================  ======================  ==================================================================
+rows, form          instruction             why
+==================  ======================  ==================================================================
+uint8, products     IMMA.16832.U8.U8        exact in int32, and 16 to 30 times the rate of float32
+uint8, absolutes    VABSDIFF4.U8.ACC        four differences, their signs and their sum in one
+uint8, largest      VABSDIFF4, VIMNMX3      four differences, compared by halves of a word
+float32, products   FFMA                    tensor cores (3xTF32) round by rules that are not published, so that no
+                                            error could be declared; a matrix of cuBLAS would cost as many products
+                                            and be written and read once more
+floats, direct      FADD, FADD or FFMA      the same operations as the naive form
+==================  ======================  ==================================================================
+
+Products of float64 have no kernel here: cuBLAS computes them on tensor cores at twice the rate of DFMA.
+
+It needs neither CuPy nor a GPU: the tests compile it for devices that are not there, and as C++ for the host. The naive
+form is `knnbench.backends.python`.
+
+References
+----------
+.. [1] NVIDIA, Parallel Thread Execution ISA, sections on mma.m16n8k32, ldmatrix, cp.async and vabsdiff4.
+"""
+
+import functools
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from knnbench.metrics import Space, add_absolute, dot_itself, keep_largest, squares_from_dot
+
+from .cuda_source import EXPRESSIONS, TYPES
+
+__all__ = ["CHUNK", "LARGEST_K", "MERGED", "MOST_ROWS", "Search", "Tile", "merge_shape", "parts_of", "search_of"]
+
+MOST_ROWS = 1 << 31
+"""Rows of the corpus at the most: their numbers have 32 bits."""
+
+LARGEST_K = 1040
+"""Neighbours beyond which the heaps, a thread for each query, take longer than what they save: 1,024, and some that a
+search by products keeps to compute them again."""
+
+MERGED = 8192
+"""Neighbours of one query, in lists of parts of the corpus, that `merge` joins: they lie in shared memory."""
+
+MERGE_THREADS = 512
+"""Threads a block of `merge` at the most."""
+
+CHUNK = 16
+"""Bytes of a load. Rows whose length is no multiple are copied to shared memory in smaller pieces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a block of threads computes at once.
+
+    Attributes
+    ----------
+    warps : (int, int)
+        Along the queries and along the corpus.
+    per_thread : (int, int)
+        Values along both that a thread accumulates.
+    stages : int
+        Slices in shared memory, of which one is computed with.
+    blocks : int
+        Blocks that share a multiprocessor, which limits the registers of a thread.
+    slice_bytes : int
+        Of a row, that pass through shared memory at a time.
+    """
+
+    warps: tuple[int, int]
+    per_thread: tuple[int, int]
+    stages: int
+    blocks: int
+    slice_bytes: int = 64
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps[0] * self.warps[1]
+
+
+# On one side of a multiplication by tensor cores stand 16 rows and on the other 8, of which a thread of the warp gets
+# 2 by 2; without them the 32 threads stand 4 by 8.
+TENSOR_LANES = 8, 4
+LANES = 4, 8
+
+# Warps of 64 x 64: 32 multiplications for 8 loads of matrices. Larger tiles do not fit the registers; with smaller ones
+# what the second-level cache delivers would limit the search, not the tensor cores.
+TENSOR_TILE = Tile(warps=(4, 2), per_thread=(8, 16), stages=2, blocks=1, slice_bytes=128)
+
+# Shared memory gives a multiprocessor 128 bytes a clock, which is 4 clocks for a load of 16 bytes by each thread of a
+# warp. SAD takes 2 clocks of a quarter of a multiprocessor, and FFMA one: 16 loads for 256 SAD, and 24 for 512 FFMA,
+# take half and three quarters of that. With 8 by 8 in float32, shared memory would set the pace.
+TILES = {
+    "uint8": Tile(warps=(4, 2), per_thread=(8, 8), stages=3, blocks=2),
+    "float32": Tile(warps=(4, 2), per_thread=(8, 16), stages=3, blocks=1),
+    "float64": Tile(warps=(4, 2), per_thread=(8, 8), stages=3, blocks=1),
+}
+
+# For a few queries memory sets the pace, whatever is computed: 8 of them by 256 rows of the corpus.
+FEW_QUERIES = 8
+FEW_TILE = Tile(warps=(1, 8), per_thread=(2, 4), stages=3, blocks=2)
+
+# Tiles in whose time the lists of a part of the corpus are started and a first bound is found: of the first, everything
+# is listed.
+STARTING_TILES = 4
+
+COMMON = string.Template(r"""
+typedef unsigned char byte;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef $key key;
+
+const u32 chunk_bytes = 16;
+const key no_key = ~key(0);
+const u32 no_row = ~u32(0);
+
+__device__ u32 bits(float x) { union { float value; u32 bits; } both; both.value = x; return both.bits; }
+__device__ u64 bits(double x) { union { double value; u64 bits; } both; both.value = x; return both.bits; }
+__device__ float float_of(u32 x) { union { u32 bits; float value; } both; both.bits = x; return both.value; }
+__device__ double double_of(u64 x) { union { u64 bits; double value; } both; both.bits = x; return both.value; }
+
+// An unsigned integer in the order of the values, which are not negative but for a rounding of cosines; NaN, of
+// whatever sign, is the largest but for no_key.
+const u64 sign = u64(1) << 63;
+__device__ u32 ordered(u32 x) { return x; }
+__device__ u32 ordered(int x) { return u32(x); }
+__device__ u32 ordered(float x) { return bits(x) & 0x7fffffff; }
+__device__ u64 ordered(double x) { return x < 0 ? ~bits(x) : (bits(x) | sign); }
+
+__device__ void restore(u32 x, int& value) { value = int(x); }
+__device__ void restore(u32 x, float& value) { value = float_of(x); }
+__device__ void restore(u64 x, double& value) { value = double_of(x & sign ? x ^ sign : ~x); }
+
+// One instruction in float32, unlike what compares with NaN as C++ does.
+template <typename T> __device__ T smaller(T x, T y) { return y < x ? y : x; }
+template <typename T> __device__ T larger(T x, T y) { return x < y ? y : x; }
+__device__ float smaller(float x, float y) { return fminf(x, y); }
+__device__ float larger(float x, float y) { return fmaxf(x, y); }
+
+__device__ bool before(key a, u32 row_a, key b, u32 row_b) { return a < b || (a == b && row_a < row_b); }
+""")
+
+SEARCH = string.Template(r"""
+typedef $accumulator accumulator;
+typedef $column column_value;
+typedef $norm norm_value;
+
+const u32 warps_down = $warps_down, warps_across = $warps_across;
+const u32 threads = 32 * warps_down * warps_across;
+const u32 down = $down, across = $across;
+const u32 tile_queries = warps_down * $lanes_down * down, tile_corpus = warps_across * $lanes_across * across;
+const u32 slice_chunks = $slice_bytes / chunk_bytes;
+const u32 n_stages = $stages;
+const u32 copy_bytes = $copy_bytes;
+const bool uses_norms = $uses_norms;
+
+// A row takes an odd number of chunks, so that 8 threads who load a chunk each of 8 rows meet different banks.
+const u32 row_stride = (slice_chunks | 1) * chunk_bytes;
+
+#ifdef __CUDACC__
+__device__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// Copies n_bytes of `size` and fills up with zeros. What is copied whole does not pass through the first-level cache.
+template <u32 size> __device__ void copy_async(void* to, const void* from, u32 n_bytes)
+{
+    if (size == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :: "r"(shared_address(to)), "l"(from), "r"(n_bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     :: "r"(shared_address(to)), "l"(from), "n"(size), "r"(n_bytes) : "memory");
+}
+__device__ void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <u32 n_groups> __device__ void wait_for_all_but()
+{
+    asm volatile("cp.async.wait_group %0;" :: "n"(n_groups) : "memory");
+}
+#endif
+$intrinsics
+struct Stage {
+    alignas(16) byte queries[tile_queries][row_stride];
+    alignas(16) byte corpus[tile_corpus][row_stride];
+    alignas(16) column_value columns[tile_corpus];
+};
+$lanes
+$ranking
+struct Shared {
+    Stage stages[n_stages];
+    bound bounds[tile_queries];
+    norm_value norms[tile_queries];
+    u32 counts[tile_queries];
+};
+static_assert(sizeof(Shared) <= $shared_bytes, "more shared memory than is asked for");
+static_assert(tile_queries <= threads, "a query without a thread");
+static_assert(tile_corpus <= threads, "a column without a thread");
+
+// Starts to copy a slice of some rows, of which n_left are there, from byte `start` on; zeros stand for the others and
+// for what lies past the ends of rows.
+template <u32 n> __device__ void copy_slice(byte (&to)[n][row_stride], const byte* from, u32 n_left, u32 start,
+                                            u32 row_bytes)
+{
+    const u32 step = threads / slice_chunks;
+    static_assert(threads % slice_chunks == 0, "a thread copies the same chunk of several rows");
+    const u32 first = threadIdx.x / slice_chunks, offset = threadIdx.x % slice_chunks * chunk_bytes;
+    // In 32 bits, but for the sum with the address.
+    const u32 place = first * row_bytes + offset;
+    from += start;
+    #pragma unroll
+    for (u32 row = 0; row < n; row += step) {
+        if (n % step && first + row >= n)
+            break;
+        #pragma unroll
+        for (u32 part = 0; part < chunk_bytes; part += copy_bytes) {
+            const bool is_there = first + row < n_left && start + offset + part < row_bytes;
+            copy_async<copy_bytes>(&to[first + row][offset + part], from + (place + row * row_bytes + part),
+                                   is_there ? copy_bytes : 0);
+        }
+    }
+}
+
+// Puts a pair in the place of the largest of a heap, whose elements are `stride` apart.
+__device__ void replace_largest(key* keys, u32* rows, u32 stride, u32 size, key value, u32 row)
+{
+    u32 hole = 0;
+    for (u32 child = 1; child < size; child = 2 * hole + 1) {
+        key largest = keys[size_t(child) * stride];
+        u32 its_row = rows[size_t(child) * stride];
+        if (child + 1 < size) {
+            const key other = keys[size_t(child + 1) * stride];
+            const u32 other_row = rows[size_t(child + 1) * stride];
+            if (before(largest, its_row, other, other_row)) {
+                largest = other, its_row = other_row;
+                ++child;
+            }
+        }
+        if (!before(value, row, largest, its_row))
+            break;
+        keys[size_t(hole) * stride] = largest;
+        rows[size_t(hole) * stride] = its_row;
+        hole = child;
+    }
+    keys[size_t(hole) * stride] = value;
+    rows[size_t(hole) * stride] = row;
+}
+
+// The k nearest of a part of the corpus to each query, as a heap. Element e of the list of query i and part p lies at
+// (p * (k + tile_corpus) + e) * n_queries + i: first the heap, then room for what a tile adds.
+extern "C" __global__ void __launch_bounds__(threads, $blocks) search(
+    const byte* queries, const byte* corpus, const norm_value* query_norms, const norm_value* corpus_norms,
+    const column_value* columns, key* keys, u32* rows, u32 n_queries, u32 n_corpus, u32 row_bytes, u32 part_rows, u32 k)
+{
+    extern __shared__ uint4 memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const u32 thread = threadIdx.x;
+    const u32 first_query = blockIdx.x * tile_queries, first_row = blockIdx.y * part_rows;
+    const u32 end_row = n_corpus - first_row < part_rows ? n_corpus : first_row + part_rows;
+    const u32 n_tiles = (end_row - first_row + tile_corpus - 1) / tile_corpus;
+    const u32 chunks = (row_bytes + chunk_bytes - 1) / chunk_bytes;
+    const u32 n_slices = (chunks + slice_chunks - 1) / slice_chunks;
+
+    const size_t lists = size_t(blockIdx.y) * (k + tile_corpus) * n_queries + first_query;
+    keys += lists;
+    rows += lists;
+    const bool has_query = thread < tile_queries && first_query + thread < n_queries;
+    if (thread < tile_queries) {
+        shared.counts[thread] = 0;
+        shared.bounds[thread] = has_query ? everything : nothing;
+        if (uses_norms)
+            shared.norms[thread] = has_query ? query_norms[first_query + thread] : norm_value(0);
+    }
+    if (has_query)
+        for (u32 e = 0; e < k; ++e) {
+            keys[size_t(e) * n_queries + thread] = no_key;
+            rows[size_t(e) * n_queries + thread] = no_row;
+        }
+
+    const byte* const query_rows = queries + u64(first_query) * row_bytes;
+    const byte* next_rows = corpus + u64(first_row) * row_bytes;
+    u32 next_first = first_row, next_slice = 0;
+    auto copy_next = [&](Stage& stage) {
+        if (next_first < end_row) {
+            const u32 start = next_slice * slice_chunks * chunk_bytes;
+            copy_slice(stage.queries, query_rows, n_queries - first_query, start, row_bytes);
+            copy_slice(stage.corpus, next_rows, end_row - next_first, start, row_bytes);
+            if (++next_slice == n_slices) {
+                if (uses_norms && thread < tile_corpus)
+                    copy_async<sizeof(column_value)>(&stage.columns[thread], columns + next_first + thread,
+                                                     thread < end_row - next_first ? sizeof(column_value) : 0);
+                next_slice = 0;
+                next_first += tile_corpus;
+                next_rows += u64(tile_corpus) * row_bytes;
+            }
+        }
+        end_of_group();
+    };
+
+    for (u32 s = 0; s + 1 < n_stages; ++s)
+        copy_next(shared.stages[s]);
+    u32 current = n_stages - 1;
+    for (u32 tile = 0; tile < n_tiles; ++tile) {
+        accumulator acc[down][across] = {};
+        for (u32 chunk = 0; chunk < chunks; chunk += slice_chunks) {
+            wait_for_all_but<n_stages - 2>();
+            __syncthreads();
+            Stage& freed = shared.stages[current];
+            current = current + 1 == n_stages ? 0 : current + 1;
+            copy_next(freed);
+            accumulate(acc, shared.stages[current], chunks - chunk);
+        }
+        const u32 first = first_row + tile * tile_corpus;
+        {
+            column_value of[across];
+            #pragma unroll
+            for (u32 c = 0; c < across; ++c)
+                of[c] = uses_norms ? shared.stages[current].columns[corpus_of(c)] : column_value(0);
+            #pragma unroll
+            for (u32 r = 0; r < down; ++r) {
+                const u32 i = query_of(r);
+                const bound limit = shared.bounds[i];
+                const norm_value own = uses_norms ? shared.norms[i] : norm_value(0);
+                estimate least = estimated(acc[r][0], of[0]);
+                #pragma unroll
+                for (u32 c = 1; c < across; ++c)
+                    least = smaller(least, estimated(acc[r][c], of[c]));
+                // One test for the row: hardly any passes.
+                if (is_within(least, limit, own)) {
+                    #pragma unroll
+                    for (u32 c = 0; c < across; ++c) {
+                        const u32 j = corpus_of(c);
+                        const estimate value = estimated(acc[r][c], of[c]);
+                        if (j < end_row - first && is_within(value, limit, own)) {
+                            const u32 place = k + atomicAdd(&shared.counts[i], 1u);
+                            keys[size_t(place) * n_queries + i] = listed(acc[r][c], value, own);
+                            rows[size_t(place) * n_queries + i] = first + j;
+                        }
+                    }
+                }
+            }
+        }
+        __syncthreads();
+        if (has_query && shared.counts[thread]) {
+            const u32 n = shared.counts[thread];
+            const norm_value own = uses_norms ? shared.norms[thread] : norm_value(0);
+            key* const heap = keys + thread;
+            u32* const heap_rows = rows + thread;
+            for (u32 e = k; e < k + n; ++e) {
+                const u32 row = heap_rows[size_t(e) * n_queries];
+                const key value = ranked(heap[size_t(e) * n_queries], own, corpus_norms, row);
+                if (before(value, row, heap[0], heap_rows[0]))
+                    replace_largest(heap, heap_rows, n_queries, k, value, row);
+            }
+            shared.counts[thread] = 0;
+            if (heap[0] != no_key)
+                shared.bounds[thread] = bound_of(heap[0], own);
+        }
+    }
+}
+""")
+
+# Without tensor cores: a thread holds `down` rows by `across` of the corpus, the threads of a warp interleaved.
+LANES_BODY = string.Template(r"""
+typedef $word word;
+const u32 words = chunk_bytes / sizeof(word);
+struct alignas(16) Chunk { word of[words]; };
+
+template <typename T> __device__ T absolute(T x) { return fabs(x); }
+
+__device__ u32 query_of(u32 r) { return ((threadIdx.x / 32 / warps_across) * down + r) * 4 + threadIdx.x % 32 / 8; }
+__device__ u32 corpus_of(u32 c) { return ((threadIdx.x / 32 % warps_across) * across + c) * 8 + threadIdx.x % 8; }
+__device__ accumulator step(accumulator acc, word a, word b) { return $step; }
+
+__device__ void accumulate(accumulator (&acc)[down][across], const Stage& stage, u32 n_chunks)
+{
+    // Not unrolled: the compiler would load a chunk ahead, for which there are no registers.
+    #pragma unroll 1
+    for (u32 chunk = 0; chunk < slice_chunks && chunk < n_chunks; ++chunk) {
+        Chunk a[down];
+        #pragma unroll
+        for (u32 r = 0; r < down; ++r)
+            a[r] = *reinterpret_cast<const Chunk*>(&stage.queries[query_of(r)][chunk * chunk_bytes]);
+        #pragma unroll
+        for (u32 c = 0; c < across; ++c) {
+            const Chunk b = *reinterpret_cast<const Chunk*>(&stage.corpus[corpus_of(c)][chunk * chunk_bytes]);
+            #pragma unroll
+            for (u32 w = 0; w < words; ++w)
+                #pragma unroll
+                for (u32 r = 0; r < down; ++r)
+                    acc[r][c] = step(acc[r][c], a[r].of[w], b.of[w]);
+        }
+    }
+}
+""")
+
+BYTES = r"""
+#ifdef __CUDACC__
+// The intrinsic __vsadu4 takes an instruction more.
+__device__ u32 add_differences(u32 sum, u32 a, u32 b)
+{
+    u32 result;
+    asm("vabsdiff4.u32.u32.u32.add %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+    return result;
+}
+__device__ u32 differences(u32 a, u32 b)
+{
+    u32 result;
+    asm("vabsdiff4.u32.u32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(0));
+    return result;
+}
+#endif
+
+// The largest byte, by halves of a word.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#ifdef __CUDACC__
+__device__ u32 larger_halves(u32 a, u32 b)
+{
+    u32 result;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+#endif
+// As float16: those of a byte are subnormal numbers, in its order.
+__device__ u32 keep_largest(u32 largest, u32 a, u32 b)
+{
+    const u32 by_byte = differences(a, b);
+    return larger_halves(larger_halves(by_byte & 0x00ff00ff, __byte_perm(by_byte, 0, 0x4341)), largest);
+}
+__device__ u32 largest_byte(u32 x) { return (x & 0xffff) < x >> 16 ? x >> 16 : x & 0xffff; }
+#else
+// As integers, of which the high byte decides: once those of the word, once the others moved there. One instruction
+// compares all three.
+__device__ u32 keep_largest(u32 largest, u32 a, u32 b)
+{
+    const u32 by_byte = differences(a, b);
+    return __vmaxu2(__vmaxu2(by_byte, by_byte << 8), largest);
+}
+__device__ u32 largest_byte(u32 x) { return (x >> 8 & 0xff) < x >> 24 ? x >> 24 : x >> 8 & 0xff; }
+#endif
+"""
+
+TENSOR = r"""
+#ifdef __CUDACC__
+__device__ void load_matrices(u32 (&to)[4], const byte* row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ void multiply_add(int& c0, int& c1, int& c2, int& c3, const u32 (&a)[4], u32 b0, u32 b1)
+{
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c0), "+r"(c1), "+r"(c2), "+r"(c3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
+"""
+
+TENSOR_BODY = r"""
+// The layout of the accumulators of mma.m16n8: row lane / 4 and 8 below, columns 2 * (lane % 4) and right of it.
+__device__ u32 query_of(u32 r)
+{
+    return threadIdx.x / 32 / warps_across * 8 * down + r * 8 + threadIdx.x % 32 / 4;
+}
+__device__ u32 corpus_of(u32 c)
+{
+    return threadIdx.x / 32 % warps_across * 4 * across + c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2;
+}
+
+__device__ void accumulate(accumulator (&acc)[down][across], const Stage& stage, u32 n_chunks)
+{
+    static_assert(slice_chunks % 2 == 0 && down % 2 == 0 && across % 4 == 0, "no whole matrices");
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 first_query = warp / warps_across * 8 * down, first_row = warp % warps_across * 4 * across;
+    // Each thread gives the place of a row of one of four matrices, 8 rows of 16 bytes. Of queries these stand as upper
+    // and lower rows, left and then right; of the corpus, left and right, then of the next 8 rows.
+    const byte* const a_row = &stage.queries[first_query + lane % 16][lane / 16 * 16];
+    const byte* const b_row = &stage.corpus[first_row + lane / 16 * 8 + lane % 8][lane / 8 % 2 * 16];
+    u32 a[2][down / 2][4], b[2][across / 4][4];
+    auto load = [&](u32 chunk) {
+        const u32 to = chunk / 2 % 2;
+        #pragma unroll
+        for (u32 r = 0; r < down / 2; ++r)
+            load_matrices(a[to][r], a_row + r * 16 * row_stride + chunk * chunk_bytes);
+        #pragma unroll
+        for (u32 c = 0; c < across / 4; ++c)
+            load_matrices(b[to][c], b_row + c * 16 * row_stride + chunk * chunk_bytes);
+    };
+    load(0);
+    #pragma unroll
+    for (u32 chunk = 0; chunk < slice_chunks; chunk += 2) {
+        // Loaded while the tensor cores multiply what was loaded before; past the ends of rows stand zeros.
+        if (chunk + 2 < slice_chunks)
+            load(chunk + 2);
+        const u32 (&left)[down / 2][4] = a[chunk / 2 % 2], (&right)[across / 4][4] = b[chunk / 2 % 2];
+        #pragma unroll
+        for (u32 c = 0; c < across / 2; ++c)
+            #pragma unroll
+            for (u32 r = 0; r < down / 2; ++r)
+                multiply_add(acc[2 * r][2 * c], acc[2 * r][2 * c + 1], acc[2 * r + 1][2 * c], acc[2 * r + 1][2 * c + 1],
+                             left[r], right[c / 2][c % 2 * 2], right[c / 2][c % 2 * 2 + 1]);
+        if (chunk + 2 >= n_chunks)
+            return;
+    }
+}
+"""
+
+# How accumulated values are ranked. An estimate orders the values of a query; a bound is what it must be within to be
+# among the k nearest so far. What is listed is a key, or is made one as it is taken into the heap.
+ACCUMULATED = string.Template(r"""
+typedef accumulator estimate;
+typedef key bound;
+const bound everything = no_key, nothing = 0;
+__device__ estimate estimated(accumulator acc, column_value) { return $value; }
+__device__ bool is_within(estimate x, bound limit, norm_value) { return ordered(x) < limit; }
+__device__ key listed(accumulator, estimate x, norm_value) { return ordered(x); }
+__device__ key ranked(key x, norm_value, const norm_value*, u32) { return x; }
+__device__ bound bound_of(key x, norm_value) { return x; }
+""")
+
+SQUARES = string.Template(r"""
+typedef accumulator estimate;
+typedef key bound;
+const bound everything = no_key, nothing = 0;
+__device__ estimate estimated(accumulator acc, column_value corpus_norm) { return $estimate; }
+__device__ key squared(estimate x, norm_value query_norm) { return $squared; }
+__device__ bool is_within(estimate x, bound limit, norm_value query_norm) { return squared(x, query_norm) < limit; }
+__device__ key listed(accumulator, estimate x, norm_value query_norm) { return squared(x, query_norm); }
+__device__ key ranked(key x, norm_value, const norm_value*, u32) { return x; }
+__device__ bound bound_of(key x, norm_value) { return x; }
+""")
+
+# The estimate takes a reciprocal length, in float32, of which dot and product are rounded once each: 3 roundings of
+# 2**-24 together. The bound leaves 16 times as much, and twice what the ranked value may be off by.
+COSINE = r"""
+typedef float estimate;
+typedef float bound;
+const bound everything = 1, nothing = -3.4e38f;
+__device__ estimate estimated(accumulator acc, column_value reciprocal) { return -float(acc) * reciprocal; }
+__device__ bool is_within(estimate x, bound limit, norm_value) { return x <= limit; }
+__device__ key listed(accumulator acc, estimate, norm_value) { return key(acc); }
+__device__ key ranked(key dot, norm_value query_norm, const norm_value* corpus_norms, u32 row)
+{
+    return ordered(1.0 - double(dot) / sqrt(query_norm * corpus_norms[row]));
+}
+__device__ bound bound_of(key x, norm_value query_norm)
+{
+    double value;
+    restore(x, value);
+    const double cosine = 1.0 - value - 1e-15;
+    return cosine < 0 ? 0 : float(-cosine * sqrt(query_norm) * (1 - 3e-6));
+}
+"""
+
+MERGE = string.Template(r"""
+// The k first of the lists of all parts, in order: a block for each query.
+extern "C" __global__ void __launch_bounds__($threads) merge(
+    const key* keys, const u32* rows, $ranked* values, long long* indices, u32 n_queries, u32 n_parts, u32 list_length,
+    u32 k, u32 size)
+{
+    extern __shared__ uint4 memory[];
+    key* const own = reinterpret_cast<key*>(memory);
+    u32* const own_rows = reinterpret_cast<u32*>(own + size);
+    const u32 query = blockIdx.x;
+    for (u32 e = threadIdx.x; e < size; e += blockDim.x) {
+        const size_t place = (size_t(e / k) * list_length + e % k) * n_queries + query;
+        own[e] = e < n_parts * k ? keys[place] : no_key;
+        own_rows[e] = e < n_parts * k ? rows[place] : no_row;
+    }
+    // A bitonic sort; `size` is a power of two.
+    for (u32 length = 2; length <= size; length *= 2)
+        for (u32 apart = length / 2; apart > 0; apart /= 2) {
+            __syncthreads();
+            for (u32 p = threadIdx.x; p < size / 2; p += blockDim.x) {
+                const u32 a = 2 * p - p % apart, b = a + apart;
+                const bool is_ascending = (a & length) == 0;
+                const key x = own[a], y = own[b];
+                const u32 row_x = own_rows[a], row_y = own_rows[b];
+                if (before(y, row_y, x, row_x) == is_ascending) {
+                    own[a] = y, own[b] = x;
+                    own_rows[a] = row_y, own_rows[b] = row_x;
+                }
+            }
+        }
+    __syncthreads();
+    for (u32 e = threadIdx.x; e < k; e += blockDim.x) {
+        restore(own[e], values[size_t(query) * k + e]);
+        indices[size_t(query) * k + e] = own_rows[e];
+    }
+}
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The fused search of one space: its source, and what starting it takes.
+
+    Attributes
+    ----------
+    source : str
+        CUDA C++17 without headers, with two kernels. Rows are C-contiguous, sizes 32-bit::
+
+            search(queries, corpus, query_norms, corpus_norms, columns, keys, rows, n_queries, n_corpus, row_bytes,
+                   part_rows, k)
+                grid (ceil(n_queries / tile_queries), n_parts), block (threads,), shared memory `shared_bytes`
+            merge(keys, rows, values, indices, n_queries, n_parts, k + tile_corpus, k, size)
+                grid (n_queries,), block and size by `merge_shape`, shared memory size * `pair_bytes`
+
+    tile : Tile
+    tile_queries, tile_corpus : int
+        Rows of a tile.
+    shared_bytes : int
+        Shared memory of a block of `search`.
+    key, norm, column : numpy.dtype
+        Of the lists' values, unsigned; of squared norms; and of what is looked at for each row of the corpus.
+    """
+
+    source: str
+    tile: Tile
+    tile_queries: int
+    tile_corpus: int
+    shared_bytes: int
+    key: np.dtype[Any]
+    norm: np.dtype[Any]
+    column: np.dtype[Any]
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of a key and its row."""
+        return self.key.itemsize + 4
+
+    def list_bytes(self, k: int) -> int:
+        """Return the bytes of the list of one query and part of the corpus."""
+        return (k + self.tile_corpus) * self.pair_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a family of spaces is accumulated and ranked, in C++; a dtype of None is that of the rows.
+
+    Tensor cores multiply where there is no `step` of a word.
+    """
+
+    ranking: str
+    accumulator: str | None = None
+    key: str | None = None
+    norm: str | None = None
+    column: str | None = None
+    word: str | None = None
+    step: str = ""
+    intrinsics: str = ""
+    tile: Tile | None = None
+    uses_norms: bool = False
+
+
+_WORDS = functools.partial(
+    Way, accumulator="uint32", key="uint32", norm="int32", column="int32", word="uint32", intrinsics=BYTES
+)
+_TENSORS = functools.partial(Way, accumulator="int32", intrinsics=TENSOR, tile=TENSOR_TILE, uses_norms=True)
+
+_INTEGER_SQUARES = SQUARES.substitute(
+    # Sums wrap as unsigned numbers do; the last is the squared distance itself, which fits.
+    estimate="int(u32(corpus_norm) - 2 * u32(acc))",
+    squared="u32(x) + u32(query_norm)",
+)
+# The operations of `squares_from_dot` in another order, which `Space.gram_error` covers too.
+_FLOAT_SQUARES = SQUARES.substitute(
+    estimate="fmaf(acc, -2, corpus_norm)", squared="ordered(larger(x + query_norm, estimate(0)))"
+)
+_ITSELF = ACCUMULATED.substitute(value="acc")
+
+WAYS: dict[tuple[Callable[..., Any], bool], Way] = {
+    (squares_from_dot, True): _TENSORS(_INTEGER_SQUARES, key="uint32", norm="int32", column="int32"),
+    (dot_itself, True): _TENSORS(COSINE, key="uint64", norm="float64", column="float32"),
+    (add_absolute, True): _WORDS(_ITSELF, step="add_differences(acc, a, b)"),
+    (keep_largest, True): _WORDS(ACCUMULATED.substitute(value="largest_byte(acc)"), step="keep_largest(acc, a, b)"),
+    (squares_from_dot, False): Way(_FLOAT_SQUARES, step="acc + a * b", uses_norms=True),
+    **{(function, False): Way(_ITSELF, step=expression) for function, expression in EXPRESSIONS.items()},
+}
+"""By the function that accumulates, or takes products to what is accumulated, and whether rows are uint8."""
+
+
+def search_of(
+    space: Space,
+    *,
+    n_queries: int | None = None,
+    direct: bool = False,
+    copy_bytes: int = CHUNK,
+    tile: Tile | None = None,
+) -> Search | None:
+    """Return the fused search of a space.
+
+    Parameters
+    ----------
+    space : Space
+    n_queries : int, optional
+        That are searched at once; many, if not given.
+    direct : bool
+        By differences, where products would be preferred.
+    copy_bytes : {16, 8, 4}
+        What divides the length of rows, and their addresses.
+    tile : Tile, optional
+        Another one than is fastest.
+
+    Returns
+    -------
+    Search or None
+        None for float64 by products, for uint8 rows so long that 32 bits do not hold their sums, and for a tile whose
+        rows 32 bits do not address.
+    """
+    form, dtype = space.form, space.dtype
+    function = form.accumulate if direct or form.from_dot is None else form.from_dot
+    way = WAYS.get((function, space.is_integer))
+    if way is None or (dtype == np.float64 and way.uses_norms) or space.accumulator == np.int64:
+        return None
+    is_few = n_queries is not None and n_queries <= FEW_QUERIES
+    tile = tile or way.tile or (FEW_TILE if is_few else TILES[dtype.name])
+    search = _search(way, dtype, space.ranked, copy_bytes, tile)
+    row_bytes = space.n_features * dtype.itemsize + CHUNK
+    return search if max(search.tile_queries, search.tile_corpus) * row_bytes <= np.iinfo(np.uint32).max else None
+
+
+@functools.cache
+def _search(way: Way, dtype: np.dtype[Any], ranked: np.dtype[Any], copy_bytes: int, tile: Tile) -> Search:
+    """Return the search of rows of a dtype in one way, once."""
+    key, norm, column = (
+        np.dtype(name or other)
+        for name, other in ((way.key, f"uint{8 * dtype.itemsize}"), (way.norm, dtype), (way.column, dtype))
+    )
+    lanes = LANES if way.step else TENSOR_LANES
+    queries, corpus = (tile.warps[side] * lanes[side] * tile.per_thread[side] for side in range(2))
+    shared_bytes = _shared_bytes(tile, queries, corpus, column)
+    common = COMMON.substitute(key=TYPES[key.name])
+    body = SEARCH.substitute(
+        accumulator=TYPES[way.accumulator or dtype.name],
+        column=TYPES[column.name],
+        norm=TYPES[norm.name],
+        warps_down=tile.warps[0],
+        warps_across=tile.warps[1],
+        lanes_down=lanes[0],
+        lanes_across=lanes[1],
+        down=tile.per_thread[0],
+        across=tile.per_thread[1],
+        slice_bytes=tile.slice_bytes,
+        stages=tile.stages,
+        blocks=tile.blocks,
+        copy_bytes=copy_bytes,
+        uses_norms=str(way.uses_norms).lower(),
+        shared_bytes=shared_bytes,
+        intrinsics=way.intrinsics,
+        lanes=LANES_BODY.substitute(word=TYPES[way.word or dtype.name], step=way.step) if way.step else TENSOR_BODY,
+        ranking=way.ranking,
+    )
+    merge = MERGE.substitute(ranked=TYPES[ranked.name], threads=MERGE_THREADS)
+    return Search(common + body + merge, tile, queries, corpus, shared_bytes, key, norm, column)
+
+
+def _shared_bytes(tile: Tile, n_queries: int, n_corpus: int, column: np.dtype[Any]) -> int:
+    """Return what the struct `Shared` takes, with the largest types for each query."""
+    row_stride = (tile.slice_bytes // CHUNK | 1) * CHUNK
+    stage = (n_queries + n_corpus) * row_stride + -(-n_corpus * column.itemsize // CHUNK) * CHUNK
+    return tile.stages * stage + n_queries * (8 + 8 + 4) + CHUNK
+
+
+def merge_shape(n_merged: int) -> tuple[int, int]:
+    """Return the threads of a block of `merge`, and its `size`, for so many pairs of a query."""
+    size = max(2, 1 << (n_merged - 1).bit_length())
+    return min(MERGE_THREADS, max(32, size // 2)), size
+
+
+@functools.cache
+def parts_of(query_blocks: int, tiles: int, slots: int, most: int) -> int:
+    """Return into how many parts the corpus is divided, so that the last of all blocks is done soonest.
+
+    Parameters
+    ----------
+    query_blocks, tiles : int
+        Of queries, and of the corpus.
+    slots : int
+        Blocks that a device computes at once.
+    most : int
+        Parts at the most.
+    """
+
+    def tiles_in_turn(n_parts: int) -> int:
+        return -(-query_blocks * n_parts // slots) * (-(-tiles // n_parts) + STARTING_TILES)
+
+    return min(range(1, min(most, slots, tiles) + 1), key=tiles_in_turn)
