@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from knnbench import RandomSearchClassifier, datasets
-from knnbench.classifiers.random_search import NOTEBOOK_BATCH, generator
+from knnbench.backends.notebook import BATCH
+from knnbench.classifiers.random_search import generator
 from knnbench.measure.ceilings import Ceilings
 from knnbench.threads import thread_count
 
@@ -61,7 +62,7 @@ def main() -> None:
     torch.set_num_threads(thread_count())
     data = datasets.load("mnist")
     X, y = torch.from_numpy(data.X_train.astype(np.float32)), torch.from_numpy(data.y_train.astype(np.int64))
-    loader = DataLoader(TensorDataset(X, y), batch_size=NOTEBOOK_BATCH, shuffle=True)
+    loader = DataLoader(TensorDataset(X, y), batch_size=BATCH, shuffle=True)
 
     first = RandomSearchClassifier(1, backend=given.backend, random_state=0).fit(data.X_train, data.y_train)
     W = torch.from_numpy(np.ascontiguousarray(first.coef_.T))

@@ -10,7 +10,7 @@ import itertools
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -53,7 +53,6 @@ DEFAULT_METRICS = "cityblock,euclidean"
 DEFAULT_TIME_S = 45.0
 DEFAULT_K = (3,)
 DEVICES = ("cpu", "cuda")
-MOST_QUERIES = 10_000
 FAILED = 1
 INVALID = 2
 
@@ -108,7 +107,7 @@ def run(
     dtype: Annotated[
         str, typer.Option(help="Convert the data to uint8, float32, float64, or several of them; default as they are.")
     ] = "",
-    op: Annotated[str, typer.Option(help="knn, pairwise, or both.")] = OPS[0],
+    op: Annotated[str, typer.Option(help=f"{', '.join(OPS)}, or several of them.")] = next(iter(OPS)),
     k: Annotated[
         list[int] | None, typer.Option("--k", "-k", min=1, help="Neighbours of each query; may be given repeatedly.")
     ] = None,
@@ -116,7 +115,8 @@ def run(
         list[int] | None,
         typer.Option(
             min=1,
-            help="Queries, at the most 10,000 if not given; repeatedly for several sizes. Slow backends take fewer.",
+            help="Queries, at the most 10,000 if not given; repeatedly for several sizes. Slow backends take fewer. "
+            "Of random-search: iterations, 1,000 if not given.",
         ),
     ] = None,
     n_corpus: Annotated[
@@ -437,7 +437,7 @@ def _cases(names: str, metrics: str, dtypes: str, ops: str, sizes: Sizes, only: 
                 ops=chosen_ops,
                 dtypes=chosen_dtypes,
                 k=k,
-                n_queries=n_queries or MOST_QUERIES,
+                n_queries=n_queries,
                 options={option: value for option, value in options.items() if value is not None},
             )
             for case in cases:
@@ -469,7 +469,7 @@ def _check_dataset(name: str, dtypes: Sequence[str], sizes: Sizes) -> str:
     return family
 
 
-def _known(text: str, known: Sequence[str], option: str) -> list[str]:
+def _known(text: str, known: Collection[str], option: str) -> list[str]:
     """Return the names in a list separated by commas, all of which are known."""
     names = _required(text, option)
     for name in names:

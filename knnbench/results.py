@@ -25,7 +25,9 @@ from typing import Any, get_origin
 from knnbench.errors import InvalidInputError
 
 __all__ = [
+    "OPS",
     "PHASES",
+    "RANDOM_SEARCH",
     "SCHEMA_VERSION",
     "STATUSES",
     "Record",
@@ -38,6 +40,16 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 2
+
+RANDOM_SEARCH = "random-search"
+
+OPS: dict[str, tuple[str, str]] = {
+    "knn": ("query", "queries"),
+    "pairwise": ("query", "queries"),
+    RANDOM_SEARCH: ("iteration", "iterations"),
+}
+"""Every operation, and what its queries are called: one, and several. An iteration of the random search compares a
+candidate with the best point so far over all samples, which are the corpus."""
 
 STATUSES: dict[str, str] = {
     "ok": "measured, and the answer is right",
@@ -79,13 +91,15 @@ class Record:
 
     Attributes
     ----------
-    op : {"knn", "pairwise"}
+    op : str
+        One of `OPS`.
     backend, metric, dataset, dtype : str
-        `dtype` is that of the data given; peers convert it when they prepare the corpus.
+        `dtype` is that of the data given; peers convert it when they prepare the corpus. The metric of the random
+        search is its loss.
     k : int or None
-        None for ``"pairwise"``.
+        None where the operation has none.
     n_queries, n_corpus, n_features : int
-        The case's.
+        The case's; for the random search, iterations and training samples.
     status, reason : str
         One of `STATUSES`; the reason is empty if it is ``"ok"``.
     measured_queries, measured_corpus : int
@@ -101,10 +115,11 @@ class Record:
         Seconds of each sample, in order, by the names of `PHASES`.
     error : float or None
         max |d - d_ref| / max d_ref against float64 by the direct form, on `n_checked` queries, of which half
-        were put in the place of others after the timed calls.
+        were put in the place of others after the timed calls. For the random search the same of losses, with
+        iterations of two seeds.
     recall : float or None
         Share of the neighbours returned whose reference distance is at most the k-th reference distance
-        (with a tolerance of 1e-3 of it, so that ties do not count as errors); None for ``"pairwise"``.
+        (with a tolerance of 1e-3 of it, so that ties do not count as errors); None where there are none.
     n_checked : int
         Queries whose answers were checked.
     floor_s, bound : float or None, str

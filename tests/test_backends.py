@@ -22,7 +22,6 @@ import knnbench
 from knnbench import UnsupportedError, knn, pairwise, prepare
 from knnbench.backends import backend_status, get_backend, registry
 from knnbench.dtypes import COMPUTED
-from knnbench.measure import OPS
 from knnbench.measure.ceilings import PROBES
 from knnbench.metrics import METRICS, Space
 
@@ -704,7 +703,7 @@ def test_the_resident_set_stays_within_the_budget(compared_backend):
     assert all(int(grown) <= budget + (32 << 20) for grown in run.stdout.split()), run.stdout
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["knn", "pairwise"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_operations_are_those_of_probes(backend, metric, op):
     engine = get_backend(backend)

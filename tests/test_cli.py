@@ -122,7 +122,10 @@ def test_a_backend_that_was_named_and_does_not_work_fails_the_run(invoke):
         (["--backends", ","], "--backends is ','"),
         (["--dataset", "nope"], "data set 'nope' is unknown"),
         (["--dataset", "digits", "--dtype", "int8"], "'int8' is not measured"),
-        (["--dataset", "digits", "--op", "sort"], "'sort' is not measured; expected one of: knn, pairwise"),
+        (
+            ["--dataset", "digits", "--op", "sort"],
+            "'sort' is not measured; expected one of: knn, pairwise, random-search",
+        ),
         (["--dataset", "digits", "--dtype", ","], "--dtype is ','"),
         (["--dataset", "digits", "--only", "*/l1/*"], "no case matches '*/l1/*'; there are: knn/cityblock/digits"),
         (["--dataset", "digits", "-k", "1439"], "exceeds n_corpus=1438"),

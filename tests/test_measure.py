@@ -96,6 +96,29 @@ class Remembers(Good):
 
 class Impossible(Good):
     def operations(self, space, op): return {"fma-float32": 1e9, "not-a-probe": 1.0}
+
+def spoiled(losses, spoil):
+    kind = type(losses)
+    def call(self, W, b, limit=np.inf): return spoil(self, kind.__call__(self, W, b, limit))
+    losses.__class__ = type("Spoiled", (kind,), {"__call__": call})
+    return losses
+
+class WrongLoss(Good):
+    def linear_loss(self, *args):
+        return spoiled(NumpyBackend.linear_loss(self, *args), lambda self, losses: losses * 1.01)
+
+class WrongDecision(Good):
+    def linear_loss(self, *args):
+        # The later, the lower, so that every candidate is taken.
+        late = lambda self, losses: 0 * losses + 1e9 - sum(self.operations.values())
+        return spoiled(NumpyBackend.linear_loss(self, *args), late)
+
+class ImpossibleLoss(Good):
+    def linear_loss(self, *args):
+        def spoil(self, losses):
+            self.operations["fma-float32"] += 10**15
+            return losses
+        return spoiled(NumpyBackend.linear_loss(self, *args), spoil)
 """
 MEASURED_RUN = ceilings.Ceilings._run
 NAMES = [line.split("(")[0].removeprefix("class ") for line in MISBEHAVING.splitlines() if line.startswith("class ")]
@@ -458,6 +481,73 @@ def test_the_check_of_distances_finds_planted_faults(rng):
     assert "of the largest" in reference.check_distances(values * np.nan, values, exact=False).reason
 
 
+def test_a_random_search_is_measured_and_checked(misbehaving):
+    names = "good", "torch-cdist", "wrongloss", "wrongdecision", "impossibleloss", "scipy"
+    found = {cell.backend: cell for cell in cells(*names, ops=["random-search"])}
+    good, peer, wrong_loss, wrong_decision, impossible, absent = (found[name] for name in names)
+    assert (good.status, good.reason) == (peer.status, peer.reason) == ("ok", "")
+    assert good.case == "random-search/cross-entropy/digits/uint8/40x300x64"
+    assert (good.measured_queries, good.measured_corpus) == (40, 300)
+    assert good.n_checked == peer.n_checked == 2 * worker.CHECKED_ITERATIONS
+    assert good.error < 1e-6
+    assert (good.bound, good.floor_s > 0) == ("gemm-float32", True)
+    # A pass has one candidate at the least for each iteration, and at the most as many as it may hold.
+    assert 1 <= good.operations["gemm-float32"] / (good.pair_features * 10) <= 8
+    assert (wrong_loss.status, wrong_loss.reason) == ("wrong", "losses are off by 0.01 of the largest")
+    assert (wrong_decision.status, "against the method" in wrong_decision.reason) == ("wrong", True)
+    assert impossible.status == "impossible"
+    assert (absent.status, "has no losses of linear models" in absent.reason) == ("unsupported", True)
+
+
+def test_a_random_search_with_another_seed_is_checked_after_the_timed_calls(tmp_path):
+    (case,) = measure.make_cases("digits", (), ops=["random-search"], n_queries=40, options={"n_train": 300})
+    X, y = case.load_samples()
+    path = tmp_path / "losses.json"
+    losses = reference.reference_losses(X, y, 0, worker.CHECKED_ITERATIONS, step_size=1e-4, init_scale=1e-3)
+    path.write_text(json.dumps({300: losses.tolist()}))
+    opened = worker._Search("numpy", worker.Opening(case, 0.05, str(path), str(path)))
+    assert opened.open()["status"] == "ok"
+    assert len({tuple(opened.call(shift).curve) for shift in range(worker.SHIFTS)}) == worker.SHIFTS
+    assert opened.close()["reason"].startswith("after the timed calls, for another seed: ")
+
+
+def test_a_random_search_that_takes_too_long_has_fewer_samples(monkeypatch):
+    monkeypatch.setattr(worker, "LEAST_CORPUS", 100)
+    (case,) = measure.make_cases("digits", (), ops=["random-search"])
+    assert [worker._Search("numpy", worker.Opening(case, s, "", "")).samples() for s in (1e-6, 1e6)] == [100, 1438]
+
+
+def test_the_check_of_searches_finds_planted_faults():
+    losses = np.array([4.0, 4.2, 3.9, 3.9, 3.5])
+
+    def reason(accepted, curve, near_ties=()):
+        return reference.check_search(accepted, curve, near_ties, losses).reason
+
+    assert reason([0, 2, 4], [4.0, 3.9, 3.5]) == ""
+    assert reason([0, 2, 4, 7], [4.0, 3.9, 3.5, 3.4]) == ""
+    assert "iteration 2 was not taken" in reason([0, 4], [4.0, 3.5])
+    assert "iteration 3 was taken" in reason([0, 2, 3, 4], [4.0, 3.9, 3.89, 3.5])
+    assert reason([0, 2, 3], [4.0, 3.9, 3.89], near_ties=[3]) == ""
+    assert "off by 0.024" in reason([0, 2, 4], [4.1, 3.9, 3.5])
+    assert "off by nan" in reason([0, 2, 4], [math.nan, 3.9, 3.5])
+
+
+def test_the_reference_of_searches_is_the_definition():
+    X, y = np.array([[1, 0], [0, 2]], np.uint8), np.array([1, 0])
+    draws = [np.random.Generator(np.random.Philox(key=[3, counter])) for counter in range(3)]
+    W, b = (1e-3 * draws[0].standard_normal((2, 2))).astype(np.float32), np.zeros(2, np.float32)
+    expected = []
+    for draw in draws[1:]:
+        step = 0.1 * draw.standard_normal((3, 2))
+        candidate = (W + step[:2]).astype(np.float32), (b + step[2]).astype(np.float32)
+        logits = X.astype(float) @ candidate[0] + candidate[1]
+        expected.append(np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[[0, 1], y]))
+        if expected[-1] == min(expected):
+            W, b = candidate
+    found = reference.reference_losses(X, y, 3, 2, step_size=0.1, init_scale=1e-3)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_a_tie_with_the_kth_counts_as_found():
     distances = np.array([[1.0, 2.0, 2.0, 3.0]])
     verdict = reference.check_neighbors(np.array([[1.0, 2.0]]), np.array([[0, 2]]), distances, same_order=False)
@@ -483,7 +573,7 @@ def test_the_machine_is_described_in_json():
 def test_slow_backends_are_measured_on_fewer_rows(monkeypatch):
     monkeypatch.setattr(worker, "LEAST_CORPUS", 100)
     (case,) = measure.make_cases("synthetic", ["cityblock"], options={"n_train": 3000, "n_test": 1000})
-    slow = worker._Case("python", worker.Opening(case, 0.05, "", ""))
+    slow = worker._Distances("python", worker.Opening(case, 0.05, "", ""))
     assert slow.corpus_rows(pairs_per_s=10_000.0) == 100
     assert slow.corpus_rows(pairs_per_s=1e9) == 3000
 

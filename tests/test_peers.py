@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import knnbench
-from knnbench import OverBudgetError, knn, pairwise
+from knnbench import OverBudgetError, UnsupportedError, knn, pairwise
 from knnbench.backends import backend_status, get_backend, registry
 from knnbench.metrics import METRICS, Space
 
@@ -206,3 +206,22 @@ def test_the_resident_set_stays_within_the_budget(host_peer, metric, dtype):
     assert run.returncode == 0, run.stderr
     # Allocators and thread pools keep some for themselves.
     assert int(run.stdout) <= budget + (32 << 20)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
+def test_losses_of_linear_models_are_the_librarys_or_refused(peer, dtype):
+    rng = np.random.default_rng(0)
+    X, y, weight = rng.integers(0, 256, (600, 11)).astype(dtype), rng.integers(0, 4, 600), rng.random(600)
+    kind = np.result_type(dtype, np.float32)
+    W, b = (1e-3 * rng.standard_normal((3, 11, 4))).astype(kind), rng.standard_normal((3, 4)).astype(kind)
+    engine = get_backend(peer)
+    if peer in ("scipy", "sklearn", "faiss"):
+        with pytest.raises(UnsupportedError, match="has no losses of linear models; take an own backend"):
+            engine.linear_loss(X, y, weight, kind)
+        return
+    expected = get_backend("numpy").linear_loss(X, y, weight, kind)(W, b)
+    losses = engine.linear_loss(X, y, weight, kind)
+    np.testing.assert_allclose(losses(W, b), expected, rtol=1e-5)
+    assert np.isinf(losses(W, b, expected.min() * 1.0001)).sum() == 2
+    if kind == np.float64:
+        np.testing.assert_allclose(losses(W, b), expected, rtol=1e-12)

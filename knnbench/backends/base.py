@@ -7,32 +7,31 @@ itself for measuring: `Backend.operations`, `Backend.stopwatch`, `Backend.device
 exist, and whether they work here, is the business of `knnbench.backends`.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from knnbench.blocking import BUDGET_VARIABLE, chunk_rows, slices
 from knnbench.bounds import Floats, direct_floor
 from knnbench.dtypes import COMPUTED, Array
-from knnbench.errors import OverBudgetError
+from knnbench.errors import OverBudgetError, UnsupportedError
 from knnbench.metrics import METRICS, Space
+
+from .linear import HOST_ELEMENTS, ArrayLoss, LinearLoss
 
 if TYPE_CHECKING:
     from .upload import Uploader
 
 __all__ = [
-    "LOSS_ELEMENTS",
     "Backend",
     "Candidates",
     "Capabilities",
     "HostArrays",
     "HostBackend",
     "HostPeer",
-    "LinearLoss",
     "Native",
     "PeerSearch",
     "Scan",
@@ -42,35 +41,6 @@ __all__ = [
 
 # The array type of a backend's own library.
 Native = Any
-
-
-# Elements of X widened together when losses are computed: the product of a few hundred rows takes longer to hand
-# to the threads of a BLAS than to compute (0.06 s for MNIST, against 1.4 s in chunks sixteen times smaller, on two
-# busy cores).
-LOSS_ELEMENTS = 1 << 22
-
-
-class LinearLoss(Protocol):
-    """The summed cross-entropy of linear models over the samples it was made for."""
-
-    def __call__(self, W: Array, b: Array, limit: float = math.inf) -> Array:
-        """Return the loss of each model.
-
-        Parameters
-        ----------
-        W : (n_models, n_features, n_classes) array
-            Of the dtype that the function was made for.
-        b : (n_models, n_classes) array
-            Of the same dtype.
-        limit : float
-            A model whose loss is above it need not be computed to the end.
-
-        Returns
-        -------
-        (n_models,) array of float64
-            Infinite for a loss above the limit, or not finite. Otherwise that of a model is the same, to the bit,
-            whatever models are computed with it.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +249,7 @@ class Backend(ABC):
         return False
 
     def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
-        """Return a function of linear models: their summed cross-entropy over all samples.
+        """Return a function of linear models: their summed cross-entropy over all samples; by default numpy's.
 
         Parameters
         ----------
@@ -294,31 +264,14 @@ class Backend(ABC):
 
         Returns
         -------
-        callable
-            A `LinearLoss`.
+        LinearLoss
 
         Notes
         -----
         ``loss_m = sum_i w_i (logsumexp_c(z_mic) - z_mi,y_i)`` with ``z = X W + b``; the exponentials and the sums
-        are float64. Samples are taken in chunks, so X is never widened as a whole. A chunk is multiplied by one
-        model at a time: a BLAS may round a product with other numbers of columns otherwise.
+        are float64.
         """
-        chunks = list(slices(len(X), max(1, LOSS_ELEMENTS // X.shape[1])))
-
-        def losses(W: Array, b: Array, limit: float = math.inf) -> Array:
-            totals = np.zeros(len(W))
-            for rows in chunks:
-                widened = X[rows].astype(dtype, copy=False)
-                # Rounding is monotone: a sum that is above the limit stays there.
-                for m in np.flatnonzero(totals <= limit):
-                    logits = (widened @ W[m]).astype(np.float64) + b[m]
-                    largest = logits.max(axis=1)
-                    exponentials = np.exp(logits - largest[:, None]).sum(axis=1)
-                    right = np.take_along_axis(logits, y[rows, None], axis=1)[:, 0]
-                    totals[m] += ((np.log(exponentials) + (largest - right)) * sample_weight[rows]).sum()
-            return np.where(totals <= limit, totals, math.inf)
-
-        return losses
+        return ArrayLoss(np, X, y, sample_weight, dtype, HOST_ELEMENTS, f"gemm-{dtype}")
 
 
 class HostArrays(Backend):
@@ -387,6 +340,12 @@ class PeerSearch(Backend):
     def finish(self, ranked: Native, space: Space) -> Native:
         """Return `ranked`: a peer answers in distances."""
         return ranked
+
+    def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
+        """Raise `UnsupportedError`: only a peer that has losses of its own brings them."""
+        raise UnsupportedError(
+            f"{type(self).__name__} has no losses of linear models; take an own backend, 'notebook' or 'torch-cdist'."
+        )
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return what any exhaustive search in floats does at the least."""

@@ -31,6 +31,7 @@ from knnbench.metrics import Space
 
 from .base import Capabilities, Native, Scan, float_operations, scan_rows
 from .blockwise import CENTRE_OF_UINT8, SPARE, BlockCorpus, Blocks, BlockSearch, BlockwiseBackend
+from .linear import DEVICE_ELEMENTS, ArrayLoss, LinearLoss
 from .upload import Lane, Uploader
 
 __all__ = ["CupyBackend"]
@@ -145,6 +146,11 @@ class CupyBackend(BlockwiseBackend):
         pool.free_all_blocks()
         before = pool.total_bytes()
         return lambda: int(pool.total_bytes() - before)
+
+    def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
+        """Return the losses of `Backend.linear_loss`, with the samples on the device."""
+        samples, labels, weight = (self.to_native(array, array.dtype) for array in (X, y, sample_weight))
+        return ArrayLoss(cupy, samples, labels, weight, dtype, DEVICE_ELEMENTS, f"cuda-gemm-{dtype}")
 
     def direct_block(self, queries: Native, corpus: Native, space: Space) -> Native:
         """Return the accumulated values of all pairs, by the CUDA kernel."""

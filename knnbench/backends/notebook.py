@@ -1,5 +1,6 @@
-"""The search of the homework that this project grew out of: one numpy expression for each pair of rows."""
+"""The homework that this project grew out of: one numpy expression for each pair of rows, a loop over a DataLoader."""
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -9,8 +10,12 @@ from knnbench.dtypes import Array
 from knnbench.metrics import Space
 
 from .base import Capabilities, HostPeer, Native
+from .linear import LinearLoss
 
-__all__ = ["NotebookBackend"]
+__all__ = ["BATCH", "NotebookBackend"]
+
+BATCH = 256
+"""Samples of a batch of its linear classifier."""
 
 
 def l1(a: Array, b: Array) -> Any:
@@ -64,3 +69,41 @@ class NotebookBackend(HostPeer):
         values = self.distances(queries, prepared, space)
         order = np.argsort(values, axis=1)[:, :k]
         return np.take_along_axis(values, order, axis=1), order.astype(np.int64, copy=False)
+
+    def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
+        """Return losses by shuffled batches, or raise ImportError without torch, which the search of rows needs not."""
+        return BatchedLoss(X, y, sample_weight, dtype)
+
+
+class BatchedLoss(LinearLoss):
+    """A model at a time, a batch at a time, from a loader that collects the samples of each batch one by one.
+
+    Batches count by their samples: the notebook's last one, of 96, counted as much as the others.
+
+    Parameters
+    ----------
+    X, y, sample_weight, dtype
+        As of `Backend.linear_loss`.
+    """
+
+    def __init__(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> None:
+        import torch
+        from torch.utils.data import DataLoader, TensorDataset
+
+        super().__init__()
+        self._torch = torch
+        samples = TensorDataset(*(torch.from_numpy(array) for array in (X.astype(dtype), y, sample_weight)))
+        self._loader = DataLoader(samples, batch_size=BATCH, shuffle=True)
+
+    def __call__(self, W: Array, b: Array, limit: float = math.inf) -> Array:
+        """Return the loss of each model."""
+        with self._torch.inference_mode():
+            models = zip(map(self._torch.from_numpy, W), map(self._torch.from_numpy, b), strict=True)
+            losses = [self._loss(*model) for model in models]
+        return np.where(np.array(losses) <= limit, losses, math.inf)
+
+    def _loss(self, W: Any, b: Any) -> float:
+        total, cross_entropy = 0.0, self._torch.nn.functional.cross_entropy
+        for X, y, weight in self._loader:
+            total += (cross_entropy(X @ W + b, y, reduction="none") * weight).sum().item()
+        return total

@@ -19,7 +19,8 @@ from knnbench.ordering import merge_topk
 from knnbench.settings import LEVEL_VARIABLE, setting
 from knnbench.threads import run_tasks, thread_count
 
-from .base import Capabilities, HostBackend, LinearLoss, Native
+from .base import Capabilities, HostBackend, Native
+from .linear import LinearLoss
 
 __all__ = ["NumbaBackend"]
 
@@ -199,7 +200,7 @@ class NumbaBackend(HostBackend):
         return functools.reduce(lambda a, b: merge_topk(a, b, k), found)
 
     def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
-        """Return the function of `Backend.linear_loss`, which holds the samples a second time, in `Panels`."""
+        """Return the losses of `Backend.linear_loss`, which holds the samples a second time, in `Panels`."""
         return _LinearLoss(X, y, sample_weight, dtype)
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
@@ -331,7 +332,7 @@ class _Tasks:
         return len(self.blocks) >= (2 if n_bytes <= SHARED_BYTES else SHARED_BLOCKS)
 
 
-class _LinearLoss:
+class _LinearLoss(LinearLoss):
     """Losses by the fused kernel.
 
     Chunks of panels are tasks of threads. Their losses are added in the order of chunks, so that the sum is the same
@@ -339,6 +340,7 @@ class _LinearLoss:
     """
 
     def __init__(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> None:
+        super().__init__()
         self._kernels = kernels = linear_kernels(dtype)
         n_panels = -(-len(X) // kernels.width)
         self._chunks = list(slices(n_panels, LOSS_PANELS))
@@ -376,12 +378,18 @@ class _LinearLoss:
             )  # fmt: skip
             with lock:
                 running.__iadd__(sums[number])
+                self.operations[f"fma-{self._dtype}"] += n_classes * int(wanted.sum()) * self._kept(part)
 
         threads = thread_count() if self._work * len(rows) >= SMALL_LOSS else 1
         run_tasks(task, range(len(self._chunks)), threads)
         # Not numpy's sum, which adds in an order that depends on the shape.
         losses = np.add.accumulate(sums)[-1]
         return np.where((running <= stop) & (losses <= limit), losses, math.inf)
+
+    def _kept(self, part: slice) -> int:
+        """Return the features of samples in some panels that are not left out."""
+        starts = self._panels.starts
+        return int(starts[part.stop] - starts[part.start]) * self._kernels.width
 
 
 def packed_within(budget: int, prepared: TileCorpus, kernels: TileKernels) -> TileCorpus:

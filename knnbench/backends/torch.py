@@ -24,8 +24,9 @@ from knnbench.metrics import METRICS, Space
 from knnbench.settings import setting
 from knnbench.threads import THREADS_VARIABLE, SharedSetting, thread_count
 
-from .base import LOSS_ELEMENTS, Backend, Capabilities, LinearLoss, Native, Scan
+from .base import Backend, Capabilities, Native, Scan
 from .blockwise import CENTRE_OF_UINT8, EXACT_FEATURES, BlockCorpus, Blocks, BlockSearch
+from .linear import DEVICE_ELEMENTS, HOST_ELEMENTS, ChunkedLoss, LinearLoss
 from .upload import Lane, Uploader
 
 __all__ = ["TorchArrays", "TorchBackend", "TorchCudaBackend"]
@@ -258,27 +259,8 @@ class TorchSearch(TorchArrays, BlockSearch):
         return space.form.finish(self.xp, wide).to(DTYPES[space.output])
 
     def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
-        """Return the function of `Backend.linear_loss`, with the samples on the device."""
-        samples, labels, weight = (self.to_native(array, array.dtype) for array in (X, y[:, None], sample_weight))
-        chunks = list(slices(len(X), max(1, LOSS_ELEMENTS // X.shape[1])))
-
-        def losses(W: Array, b: Array, limit: float = math.inf) -> Array:
-            totals = np.zeros(len(W))
-            with torch.inference_mode(), self.settings():
-                # Each a tensor of its own: at another alignment a product may round otherwise.
-                weights = [self.to_native(model, dtype).clone() for model in W]
-                intercepts = self.to_native(b, np.dtype(np.float64))
-                for rows in chunks:
-                    widened = samples[rows].to(DTYPES[dtype])
-                    for m in np.flatnonzero(totals <= limit):
-                        logits = (widened @ weights[m]).to(torch.float64).add_(intercepts[m])
-                        largest = logits.amax(dim=1, keepdim=True)
-                        right = torch.gather(logits, 1, labels[rows])
-                        sums = (logits - largest).exp_().sum(dim=1, keepdim=True)
-                        totals[m] += float((sums.log_().add_(largest - right)[:, 0] * weight[rows]).sum())
-            return np.where(totals <= limit, totals, math.inf)
-
-        return losses
+        """Return the losses of `Backend.linear_loss`, with the samples on the device."""
+        return TensorLoss(self, X, y, sample_weight, dtype)
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return those of the products, in int8 where the device multiplies uint8 so."""
@@ -376,6 +358,49 @@ class TorchSearch(TorchArrays, BlockSearch):
             difference = queries.index_select(0, rows).sub_(corpus.index_select(0, columns))
             part.copy_(over_features(form.reduce, form.terms(difference)))
         return result
+
+
+class TensorLoss(ChunkedLoss):
+    """Losses of linear models on tensors.
+
+    Parameters
+    ----------
+    backend : TorchSearch
+    X, y, sample_weight, dtype
+        As of `Backend.linear_loss`.
+    """
+
+    def __init__(self, backend: TorchSearch, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> None:
+        is_host = backend.capabilities.device == "cpu"
+        probe = f"gemm-{dtype}" if is_host else f"cuda-gemm-{dtype}"
+        super().__init__(X.shape, HOST_ELEMENTS if is_host else DEVICE_ELEMENTS, probe)
+        self._backend, self._dtype = backend, dtype
+        self._X, self._labels, self._weight = (
+            backend.to_native(array, array.dtype) for array in (X, y[:, None], sample_weight)
+        )
+
+    @contextmanager
+    def settings(self) -> Iterator[None]:
+        """Hold torch's global switches."""
+        with torch.inference_mode(), self._backend.settings():
+            yield
+
+    def models(self, W: Array, b: Array) -> list[tuple[Native, Native]]:
+        """Return tensors of their own: at another alignment a product may round otherwise."""
+        intercepts = self._backend.to_native(b, np.dtype(np.float64))
+        return [(self._backend.to_native(w, self._dtype).clone(), c) for w, c in zip(W, intercepts, strict=True)]
+
+    def widened(self, rows: slice) -> Native:
+        """Return some samples in the dtype of the weights."""
+        return self._X[rows].to(DTYPES[self._dtype])
+
+    def loss(self, samples: Native, rows: slice, W: Native, b: Native) -> float:
+        """Return the summed loss of a model over some samples."""
+        logits = (samples @ W).to(torch.float64).add_(b)
+        largest = logits.amax(dim=1, keepdim=True)
+        right = torch.gather(logits, 1, self._labels[rows])
+        sums = (logits - largest).exp_().sum(dim=1, keepdim=True)
+        return float((sums.log_().add_(largest - right)[:, 0] * self._weight[rows]).sum())
 
 
 class TorchBackend(TorchSearch):

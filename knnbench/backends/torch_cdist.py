@@ -1,13 +1,17 @@
-"""PyTorch as its users write it: ``torch.cdist``, then ``topk``."""
+"""PyTorch as its users write it: ``torch.cdist``, then ``topk``; for a linear model a product and ``cross_entropy``."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
+from knnbench.dtypes import Array
 from knnbench.metrics import Space
 
 from .base import Capabilities, Native, PeerSearch
+from .linear import LinearLoss
 from .torch import TorchArrays
 
 __all__ = ["TorchCdistBackend", "TorchCdistCudaBackend"]
@@ -38,9 +42,42 @@ class TorchCdist(TorchArrays, PeerSearch):
         values, indices = self.distances(queries, prepared, space).topk(k, dim=1, largest=False)
         return values, indices
 
+    def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
+        """Return losses by one product over all samples, held as floats."""
+        return FullBatchLoss(self, X, y, sample_weight, dtype)
+
     def empty_rows(self, n_rows: int, like: Native) -> Native:
         """Return a tensor."""
         return like.new_empty((n_rows, *like.shape[1:]))
+
+
+class FullBatchLoss(LinearLoss):
+    """A model at a time, over all samples at once.
+
+    Parameters
+    ----------
+    backend : TorchCdist
+    X, y, sample_weight, dtype
+        As of `Backend.linear_loss`.
+    """
+
+    def __init__(self, backend: TorchCdist, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> None:
+        super().__init__()
+        self._backend, self._dtype = backend, dtype
+        self._X = backend.to_native(X, X.dtype).to(getattr(torch, dtype.name))
+        self._labels, self._weight = (backend.to_native(array, array.dtype) for array in (y, sample_weight))
+
+    def __call__(self, W: Array, b: Array, limit: float = math.inf) -> Array:
+        """Return the loss of each model."""
+        with torch.inference_mode():
+            losses = [
+                self._loss(*(self._backend.to_native(a, self._dtype) for a in model))
+                for model in zip(W, b, strict=True)
+            ]
+        return np.where(np.array(losses) <= limit, losses, math.inf)
+
+    def _loss(self, W: Native, b: Native) -> float:
+        return float(cross_entropy(self._X @ W + b, self._labels, reduction="none").to(torch.float64) @ self._weight)
 
 
 class TorchCdistBackend(TorchCdist):

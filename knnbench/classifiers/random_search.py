@@ -14,7 +14,9 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from knnbench.api import check_count
 from knnbench.backends import get_backend
-from knnbench.backends.base import Backend, LinearLoss
+from knnbench.backends.base import Backend
+from knnbench.backends.linear import LinearLoss
+from knnbench.backends.notebook import BATCH
 from knnbench.blocking import chunk_rows, slices
 from knnbench.dtypes import Array, computed_dtype
 from knnbench.errors import BackendUnavailableError, InvalidInputError
@@ -22,7 +24,7 @@ from knnbench.threads import limited_blas
 
 from .knn import training_data
 
-__all__ = ["RandomSearchClassifier"]
+__all__ = ["INIT_SCALE", "STEP_SIZE", "Objective", "RandomSearchClassifier", "Search"]
 
 # Of ``backend="auto"``: the first that works here.
 AUTO_BACKENDS = ("numba", "numpy")
@@ -35,7 +37,9 @@ LARGEST_BLOCK = 8
 PASS_COST = 0.3
 MEMORY = 16
 
-NOTEBOOK_BATCH = 256
+# The notebook's.
+STEP_SIZE = 1e-4
+INIT_SCALE = 1e-3
 
 LARGEST_SEED = np.iinfo(np.int32).max
 
@@ -143,8 +147,8 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         self,
         max_iter: int = 1000,
         patience: int = 20,
-        step_size: float = 1e-4,
-        init_scale: float = 1e-3,
+        step_size: float = STEP_SIZE,
+        init_scale: float = INIT_SCALE,
         backend: str = "auto",
         random_state: Any = None,
         verbose: bool = False,
@@ -202,18 +206,17 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         weight = check_weights_of_samples(sample_weight, X)
         dtype, shape = np.result_type(X.dtype, np.float32), (X.shape[1], len(classes))
         if previous is None:
-            W = (init_scale * generator(seed, 0).standard_normal(shape)).astype(dtype)
-            search = _Search(seed, W, np.zeros(shape[1], dtype))
+            search = Search.begun(seed, shape, dtype, init_scale)
         else:
-            search = _Search.continued(previous, classes, X.shape[1], dtype)
+            search = Search.continued(previous, classes, X.shape[1], dtype)
         self.classes_ = classes
         counted = weight > 0
         if not counted.all():
             X, codes, weight = X[counted], codes[counted], weight[counted]
-        n_batches = math.ceil(len(X) / NOTEBOOK_BATCH)
+        n_batches = math.ceil(len(X) / BATCH)
         # An overflow ends in a loss that is not finite, which is not below any other.
         with limited_blas(), np.errstate(over="ignore", invalid="ignore"):
-            objective = _Objective.of(engine.linear_loss(X, codes, weight, dtype), X, weight)
+            objective = Objective.of(engine.linear_loss(X, codes, weight, dtype), X, weight)
             if previous is not None:
                 search.best = float(objective.losses(search.W[None], search.b[None], math.inf)[0])
             start, found = time.perf_counter(), 0
@@ -236,7 +239,7 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
             )
         return self
 
-    def _keep(self, search: "_Search", n_batches: int) -> None:
+    def _keep(self, search: "Search", n_batches: int) -> None:
         """Set the attributes to what a search has found."""
         self.coef_ = np.ascontiguousarray(search.W.T)
         self.intercept_ = search.b
@@ -311,7 +314,7 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
 
 
 @dataclass(frozen=True, slots=True)
-class _Objective:
+class Objective:
     """The mean loss, and what it may be off.
 
     Attributes
@@ -349,7 +352,7 @@ class _Objective:
 
 
 @dataclass(slots=True)
-class _Search:
+class Search:
     """How far a search is.
 
     Attributes
@@ -379,6 +382,12 @@ class _Search:
     share: float = 0.5
 
     @classmethod
+    def begun(cls, seed: int, shape: tuple[int, int], dtype: np.dtype[Any], init_scale: float) -> Self:
+        """Return the search before its first iteration; `shape` is (n_features, n_classes)."""
+        W = (init_scale * generator(seed, 0).standard_normal(shape)).astype(dtype)
+        return cls(seed, W, np.zeros(shape[1], dtype))
+
+    @classmethod
     def continued(cls, fitted: dict[str, Any], classes: Array, n_features: int, dtype: np.dtype[Any]) -> Self:
         """Return the search that left these attributes, or raise `InvalidInputError` if it is not for these data."""
         for name, given, expected in (
@@ -403,7 +412,7 @@ class _Search:
         )
 
     def improvements(
-        self, objective: _Objective, step_size: float, max_iter: int, patience: int, block_size: int | None
+        self, objective: Objective, step_size: float, max_iter: int, patience: int, block_size: int | None
     ) -> Iterator[int]:
         """Search; yield at each improvement the patience that was left, with all attributes as they are then."""
         steps: dict[int, Array] = {}

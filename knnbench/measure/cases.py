@@ -4,13 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from knnbench import datasets
 from knnbench.dtypes import Array
-from knnbench.results import case_name
+from knnbench.results import OPS, RANDOM_SEARCH, case_name
 
 __all__ = ["OPS", "Case", "load_rows", "make_cases"]
 
-OPS = ("knn", "pairwise")
+# What the random search lowers stands where other operations have their metric.
+LOSS = "cross-entropy"
+
+# At the most, where no number is given.
+MOST_QUERIES = 10_000
+MOST_ITERATIONS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +37,8 @@ class Case:
     k : int or None
         None where the operation has none.
     n_queries, n_corpus, n_features : int
-        Slower backends are measured on fewer rows, to stay within the time.
+        Slower backends are measured on fewer rows, to stay within the time. The queries of a random search are its
+        iterations, and its corpus the training samples.
     """
 
     op: str
@@ -55,16 +63,25 @@ class Case:
         queries, corpus = load_rows(self.dataset, self.options, self.dtype)
         return queries[: self.n_queries], corpus
 
+    def load_samples(self) -> tuple[Array, Array]:
+        """Return the training samples, and the numbers of their classes from 0 on."""
+        data = _load(self.dataset, self.options, self.dtype)
+        return data.X_train.astype(self.dtype, copy=False), np.unique(data.y_train, return_inverse=True)[1]
+
 
 def load_rows(dataset: str, options: dict[str, Any], dtype: str) -> tuple[Array, Array]:
     """Return the queries and the corpus of a data set, its test and its training rows, as `dtype` or as they are."""
-    name, _, kind = dataset.partition(":")
-    if kind:  # which values break a kernel depends on their dtype
-        options = {"kind": kind, "dtype": dtype or "float32", **options}
-    data = datasets.load(name, **options)
+    data = _load(dataset, options, dtype)
     if not dtype:
         return data.X_test, data.X_train
     return data.X_test.astype(dtype), data.X_train.astype(dtype)
+
+
+def _load(dataset: str, options: dict[str, Any], dtype: str) -> datasets.Dataset:
+    name, _, kind = dataset.partition(":")
+    if kind:  # which values break a kernel depends on their dtype
+        options = {"kind": kind, "dtype": dtype or "float32", **options}
+    return datasets.load(name, **options)
 
 
 def make_cases(
@@ -74,7 +91,7 @@ def make_cases(
     ops: Sequence[str] = ("knn",),
     dtypes: Sequence[str] = ("",),
     k: int = 3,
-    n_queries: int = 10_000,
+    n_queries: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> list[Case]:
     """Return every case of some operations, metrics and dtypes on one data set.
@@ -83,9 +100,11 @@ def make_cases(
     ----------
     dataset : str
     metrics, ops, dtypes : sequence of str
-        A dtype of ``""`` is the data's own.
-    k, n_queries : int
-        Neighbours, where the operation has them, and queries at the most.
+        A dtype of ``""`` is the data's own. The random search has no metric.
+    k : int
+        Neighbours, where the operation has them.
+    n_queries : int, optional
+        Queries at the most, or iterations; default 10,000 and 1,000.
     options : dict, optional
         Of `knnbench.datasets.load`.
 
@@ -96,6 +115,8 @@ def make_cases(
     """
     queries, corpus = load_rows(dataset, options or {}, "")
     (n_test, n_features), n_corpus = queries.shape, len(corpus)
+    counts = dict.fromkeys(OPS, min(n_queries or MOST_QUERIES, n_test))
+    counts[RANDOM_SEARCH] = n_queries or MOST_ITERATIONS
     return [
         Case(
             op=op,
@@ -103,12 +124,12 @@ def make_cases(
             dataset=dataset,
             dtype=dtype or str(corpus.dtype),
             k=k if op == "knn" else None,
-            n_queries=min(n_queries, n_test),
+            n_queries=counts[op],
             n_corpus=n_corpus,
             n_features=n_features,
             options=options or {},
         )
         for op in ops
         for dtype in dtypes
-        for metric in metrics
+        for metric in ([LOSS] if op == RANDOM_SEARCH else metrics)
     ]

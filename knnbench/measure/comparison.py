@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from knnbench.errors import InvalidInputError
 from knnbench.metrics import get_metric
-from knnbench.results import Record, read_records
+from knnbench.results import OPS, Record, read_records
 
 __all__ = [
     "ALPHA",
@@ -57,7 +57,7 @@ ALPHA = 0.01
 MIN_CHANGE = 0.05
 
 FIELDS: dict[str, str] = {
-    "op": "knn or pairwise",
+    "op": f"one of: {', '.join(OPS)}",
     "backend": "its name",
     "metric": "its name or an alias",
     "dataset": "its name",

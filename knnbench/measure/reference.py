@@ -1,16 +1,28 @@
 """The answer that measured answers are checked against: float64, by the direct form."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from knnbench.dtypes import Array
 
-__all__ = ["Verdict", "check_distances", "check_neighbors", "reference_distances"]
+__all__ = [
+    "Verdict",
+    "check_distances",
+    "check_neighbors",
+    "check_search",
+    "reference_distances",
+    "reference_losses",
+]
 
 # A peer's cancellation on ordinary data stays far below the first; a wrong algorithm far above it.
 LARGEST_ERROR = 1e-2
 LEAST_RECALL = 0.99
+
+# Of losses; products in float32 stay far below it.
+LARGEST_LOSS_ERROR = 1e-4
 
 # Neighbours as far as the k-th, to this share of it, count as found: which of them is returned is chance.
 TIE = 1e-3
@@ -25,7 +37,7 @@ class Verdict:
     Attributes
     ----------
     error : float or None
-        max |d - d_ref| / max d_ref; None where that is not finite.
+        max |d - d_ref| / max d_ref, of distances or of losses; None where that is not finite.
     recall : float or None
         Share of the neighbours whose reference distance is at most the k-th, ties included; None for distances
         without neighbours.
@@ -108,6 +120,76 @@ def check_distances(distances: Array, reference: Array, *, exact: bool) -> Verdi
     reason = _too_far(error)
     if not reason and exact and difference:
         reason = f"integer distances are off by up to {difference:g}"
+    return Verdict(error if np.isfinite(error) else None, None, reason)
+
+
+def reference_losses(X: Array, y: Array, seed: int, n_iterations: int, *, step_size: float, init_scale: float) -> Array:
+    """Return the mean losses of the candidates of a sequential random search, one after the other.
+
+    Parameters
+    ----------
+    X : (n_samples, n_features) array
+        Converted to float64 in chunks.
+    y : (n_samples,) array of int64
+        Classes from 0 on.
+    seed, n_iterations : int
+    step_size, init_scale : float
+        As of `knnbench.RandomSearchClassifier`, whose notes define what is drawn.
+
+    Returns
+    -------
+    (n_iterations,) array of float64
+    """
+    from scipy.special import logsumexp
+
+    shape, dtype = (X.shape[1], int(y.max()) + 1), np.result_type(X.dtype, np.float32)
+    rows = max(1, CHUNK_BYTES // (8 * X.shape[1]))
+
+    def draw(counter: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=np.array([seed, counter], np.uint64)))
+
+    W, b, best = (init_scale * draw(0).standard_normal(shape)).astype(dtype), np.zeros(shape[1], dtype), math.inf
+    losses = []
+    for iteration in range(n_iterations):
+        step = draw(1 + iteration)
+        W_new = (W + step_size * step.standard_normal(shape)).astype(dtype)
+        b_new = (b + step_size * step.standard_normal(shape[1])).astype(dtype)
+        total = 0.0
+        for start in range(0, len(X), rows):
+            logits = X[start : start + rows].astype(np.float64) @ W_new.astype(np.float64) + b_new
+            right = np.take_along_axis(logits, y[start : start + rows, None], axis=1)[:, 0]
+            total += float((logsumexp(logits, axis=1) - right).sum())
+        losses.append(total / len(X))
+        if losses[-1] < best:
+            W, b, best = W_new, b_new, losses[-1]
+    return np.array(losses)
+
+
+def check_search(
+    accepted: Sequence[int], curve: Sequence[float], near_ties: Sequence[int], reference: Array
+) -> Verdict:
+    """Check the first iterations of a random search.
+
+    Parameters
+    ----------
+    accepted, curve, near_ties
+        As of `knnbench.RandomSearchClassifier`. From an iteration on that is near a tie and decided otherwise, the
+        search is another one.
+    reference : (n_iterations,) array of float64
+        Of `reference_losses`.
+    """
+    best, error, taken = math.inf, 0.0, dict(zip(accepted, curve, strict=True))
+    for iteration, loss in enumerate(reference.tolist()):
+        if (iteration in taken) != (loss < best):
+            if iteration in near_ties:
+                break
+            decision = "taken" if iteration in taken else "not taken"
+            return Verdict(error, None, f"the candidate of iteration {iteration} was {decision}, against the method")
+        if loss < best:
+            # NaN is not close to anything, and stays.
+            error = float(np.maximum(error, abs(taken[iteration] - loss) / reference.max()))
+            best = loss
+    reason = "" if error <= LARGEST_LOSS_ERROR else f"losses are off by {error:.2g} of the largest"
     return Verdict(error if np.isfinite(error) else None, None, reason)
 
 

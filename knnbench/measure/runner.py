@@ -5,6 +5,7 @@ rounds: in every round every backend has a turn, in an order shuffled anew, so t
 does meanwhile, getting warm or being shared, meets all of them, and ratios hold.
 """
 
+import json
 import random
 import tempfile
 from collections.abc import Generator, Iterable, Sequence
@@ -22,10 +23,10 @@ from knnbench.measure.ceilings import PROBES, Ceilings, floor
 from knnbench.measure.contention import CONTENDED
 from knnbench.measure.machine import describe_machine, source_commit
 from knnbench.measure.process import Worker, WorkerEnded
-from knnbench.measure.reference import reference_distances
+from knnbench.measure.reference import reference_distances, reference_losses
 from knnbench.measure.timer import is_tight
-from knnbench.measure.worker import CHECKED_QUERIES, Opening
-from knnbench.results import Record
+from knnbench.measure.worker import CHECKED_ITERATIONS, CHECKED_QUERIES, SEEDS, Opening, sampled_corpus
+from knnbench.results import RANDOM_SEARCH, Record
 from knnbench.threads import thread_count
 
 __all__ = ["Plan", "Update", "measure"]
@@ -212,7 +213,9 @@ class _Cell:
 
     def close(self) -> None:
         """Have the backend close the case."""
-        self._complete(self.seat.ask({"close": {}}))
+        answer = self.seat.ask({"close": {}})
+        self.operations |= answer.pop("operations", {})
+        self._complete(answer)
 
     def judge(self, ceilings: Ceilings) -> None:
         """Compare the rate with the ceilings of the machine."""
@@ -371,12 +374,31 @@ class _Run:
         return before is not None and before.complete
 
     def _references(self, case: Case) -> tuple[str, str]:
-        """Return the files with the reference distances of the first queries, and of the last corpus rows."""
+        """Return the files of `Opening`."""
+        if case.op == RANDOM_SEARCH:
+            return self._search_references(case)
         queries, corpus = case.load()
         paths = []
         for name, rows in (("first", queries[:CHECKED_QUERIES]), ("changed", corpus[-CHECKED_QUERIES:])):
             path = self._folder / f"{name}.npy"
             np.save(path, reference_distances(rows, corpus, case.metric))
+            paths.append(str(path))
+        return paths[0], paths[1]
+
+    def _search_references(self, case: Case) -> tuple[str, str]:
+        """Return the files with the losses of two seeds, by the number of samples."""
+        from knnbench.classifiers.random_search import INIT_SCALE, STEP_SIZE
+
+        scales = {"step_size": STEP_SIZE, "init_scale": INIT_SCALE}
+        X, y = case.load_samples()
+        paths = []
+        for seed in SEEDS:
+            losses = {
+                n: reference_losses(X[:n], y[:n], seed, CHECKED_ITERATIONS, **scales).tolist()
+                for n in {len(X), sampled_corpus(len(X))}
+            }
+            path = self._folder / f"seed-{seed}.json"
+            path.write_text(json.dumps(losses))
             paths.append(str(path))
         return paths[0], paths[1]
 

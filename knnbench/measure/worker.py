@@ -14,14 +14,16 @@ import functools
 import itertools
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
 from knnbench.api import Neighbors, Prepared, knn, pairwise, prepare
-from knnbench.backends import backend_status, get_backend
+from knnbench.backends import backend_status, get_backend, registry
 from knnbench.dtypes import Array
 from knnbench.errors import OverBudgetError, UnsupportedError
 from knnbench.measure.cases import Case
@@ -29,15 +31,20 @@ from knnbench.measure.contention import CpuMeter
 from knnbench.measure.machine import loaded_libraries
 from knnbench.measure.memory import peak_since, start_peak
 from knnbench.measure.process import worker_channel, worker_requests
-from knnbench.measure.reference import Verdict, check_distances, check_neighbors
+from knnbench.measure.reference import Verdict, check_distances, check_neighbors, check_search
 from knnbench.measure.timer import settle, timed
 from knnbench.metrics import Space, get_metric
+from knnbench.results import RANDOM_SEARCH
 from knnbench.threads import thread_count
 
-__all__ = ["CHECKED_QUERIES", "Opening", "main"]
+__all__ = ["CHECKED_ITERATIONS", "CHECKED_QUERIES", "SEEDS", "Opening", "main", "sampled_corpus"]
 
 # Queries whose answers are checked before the timed calls, and others after them.
 CHECKED_QUERIES = 8
+
+# The same of the random search: of the first seed before, of the second after; timed calls have others.
+CHECKED_ITERATIONS = 16
+SEEDS = (0, 1)
 
 # A first look at a backend's speed, after a call that compiles: small enough for naive loops.
 FIRST_LOOKS = 3
@@ -82,7 +89,8 @@ class Opening:
     case_s : float
         Seconds for the calls of the case, within which rows are sampled.
     reference, changed_reference : str
-        The files with the reference distances of the first queries, and of the last corpus rows as queries.
+        The files with the reference distances of the first queries, and of the last corpus rows as queries; or with the
+        losses of `SEEDS`.
     sizes : tuple of int, optional
         Queries and corpus rows of a call, to be as they were before; found if not given.
     """
@@ -104,7 +112,8 @@ def main() -> None:
         try:
             if action == "open":
                 opened = None  # first, so that two cases are never held at once
-                opened = _Case(job["backend"], Opening(**{**given, "case": Case(**given["case"])}))
+                opening = Opening(**{**given, "case": Case(**given["case"])})
+                opened = (_Search if opening.case.op == RANDOM_SEARCH else _Distances)(job["backend"], opening)
                 answer |= opened.open()
             else:
                 assert opened is not None
@@ -127,13 +136,20 @@ def _introduction(name: str) -> dict[str, Any]:
     return {"status": "ok", "device": status.device, "import_s": import_s}
 
 
-class _Case:
-    """One case on one backend."""
+class _Case(ABC):
+    """One case on one backend.
+
+    Attributes
+    ----------
+    changed : str
+        What `check_changed` asks for.
+    """
+
+    changed: ClassVar[str]
 
     def __init__(self, backend: str, opening: Opening) -> None:
         self.opening, self.case = opening, opening.case
         self.backend_name, self.backend = backend, get_backend(backend)
-        self.queries, self.corpus = self.case.load()
         self.call_s = CALL_SHARE * opening.case_s
         self.meter = CpuMeter(thread_count())
         self.peak = 0
@@ -141,6 +157,79 @@ class _Case:
         self.resident: Any = None  # the queries on a device
         self.shifts = itertools.cycle(range(SHIFTS))
         self.checked = 0
+        self.verdict = Verdict(None, None, "")
+
+    @abstractmethod
+    def open(self) -> dict[str, Any]:
+        """Prepare, compute once, and check the answer."""
+
+    @abstractmethod
+    def call(self, shift: int) -> Any:
+        """Compute what is timed, for one of `SHIFTS` variants."""
+
+    def resident_call(self) -> dict[str, float]:
+        """Return the seconds of the phases of a call with what lies on a device, where that is another than `call`."""
+        return {}
+
+    @abstractmethod
+    def check_changed(self) -> Verdict:
+        """Return what is wrong with an answer that no earlier one can be mistaken for."""
+
+    def operations(self) -> dict[str, float]:
+        """Return the operations of a timed call for each feature of a pair, where only counting tells."""
+        return {}
+
+    def turn(self, seconds: float) -> dict[str, Any]:
+        """Time calls until they fill some seconds, one at the least."""
+        times: list[float] = []
+        phases: dict[str, list[float]] = {}
+        resident, device_peak = start_peak(), self.backend.device_peak()
+        with self.meter:
+            while not times or (sum(times) < seconds and len(times) < TURN_CALLS):
+                times.append(timed(functools.partial(self.call, next(self.shifts)), self.backend)[0])
+                for phase, taken in self.resident_call().items():
+                    phases.setdefault(phase, []).append(taken)
+        self.peak = max(self.peak, peak_since(resident))
+        on_device = device_peak()
+        if on_device is not None:
+            self.device_peak = max(self.device_peak or 0, on_device)
+        return {
+            "times_s": times,
+            "phases": phases,
+            "peak_bytes": self.peak,
+            "peak_device_bytes": self.device_peak,
+            "contention": self.meter.contention,
+        }
+
+    def close(self) -> dict[str, Any]:
+        """Check an answer to something else: what remembers answers fails."""
+        operations = self.operations()
+        again = self.check_changed()
+        libraries, blas = loaded_libraries()
+        if again.reason and not self.verdict.reason:
+            again = Verdict(again.error, again.recall, f"after the timed calls, for {self.changed}: {again.reason}")
+        self.verdict = _worse(self.verdict, again)
+        return {**self.judgement(), "libraries": libraries, "blas": blas, "operations": operations}
+
+    def judgement(self) -> dict[str, Any]:
+        """Return what is known of the answers."""
+        return {
+            "status": "wrong" if self.verdict.reason else "ok",
+            "reason": self.verdict.reason,
+            "error": self.verdict.error,
+            "recall": self.verdict.recall,
+            "n_checked": self.checked,
+        }
+
+
+class _Distances(_Case):
+    """Neighbours, or the distances of all pairs."""
+
+    changed = "changed queries"
+
+    def __init__(self, backend: str, opening: Opening) -> None:
+        super().__init__(backend, opening)
+        self.queries, self.corpus = self.case.load()
 
     def prepared(self, n_corpus: int) -> tuple[float, Prepared]:
         """Return the seconds to prepare the first rows of the corpus, and the result."""
@@ -248,45 +337,24 @@ class _Case:
             phases["from_pinned"] = repeated(lambda: self.compute(*pinned))
         return phases
 
-    def turn(self, seconds: float) -> dict[str, Any]:
-        """Time calls until they fill some seconds, one at the least."""
-        n_queries = self.sizes[0]
-        times: list[float] = []
-        phases: dict[str, list[float]] = {} if self.resident is None else {"compute": [], "device": []}
-        resident, device_peak = start_peak(), self.backend.device_peak()
-        with self.meter:
-            while not times or (sum(times) < seconds and len(times) < TURN_CALLS):
-                first = next(self.shifts)
-                rows = self.rows[first : first + n_queries]
-                times.append(timed(functools.partial(self.compute, rows, self.corpus_prepared), self.backend)[0])
-                if self.resident is not None:  # in turns with the others, as the calls from the host are
-                    whole = functools.partial(self.compute, self.resident, self.corpus_prepared)
-                    compute_s, device_s, _ = timed(whole, self.backend)
-                    phases["compute"].append(compute_s)
-                    phases["device"] += [] if device_s is None else [device_s]
-        self.peak = max(self.peak, peak_since(resident))
-        on_device = device_peak()
-        if on_device is not None:
-            self.device_peak = max(self.device_peak or 0, on_device)
-        return {
-            "times_s": times,
-            "phases": phases,
-            "peak_bytes": self.peak,
-            "peak_device_bytes": self.device_peak,
-            "contention": self.meter.contention,
-        }
+    def call(self, shift: int) -> Any:
+        """Compute with the queries from another row on."""
+        return self.compute(self.rows[shift : shift + self.sizes[0]], self.corpus_prepared)
 
-    def close(self) -> dict[str, Any]:
-        """Check the answer to other queries in the place of those that were timed: what remembers answers fails."""
+    def resident_call(self) -> dict[str, float]:
+        """Compute with queries that lie on the device: in turns with the others, as calls from the host are."""
+        if self.resident is None:
+            return {}
+        whole = functools.partial(self.compute, self.resident, self.corpus_prepared)
+        compute_s, device_s, _ = timed(whole, self.backend)
+        return {"compute": compute_s} if device_s is None else {"compute": compute_s, "device": device_s}
+
+    def check_changed(self) -> Verdict:
+        """Check the answer to other queries in the place of those that were timed."""
         changed = self.corpus[-CHECKED_QUERIES:]
         self.rows[: len(changed)] = changed
         answer = self.compute(self.rows[: self.sizes[0]], self.corpus_prepared)
-        again = self.check(answer, self.opening.changed_reference)
-        libraries, blas = loaded_libraries()
-        if again.reason and not self.verdict.reason:
-            again = Verdict(again.error, again.recall, f"after the timed calls, for changed queries: {again.reason}")
-        self.verdict = _worse(self.verdict, again)
-        return {**self.judgement(), "libraries": libraries, "blas": blas}
+        return self.check(answer, self.opening.changed_reference)
 
     def check(self, answer: Any, path: str) -> Verdict:
         """Return what is wrong with an answer."""
@@ -302,15 +370,96 @@ class _Case:
         distances: Array = answer[: len(reference)]
         return check_distances(distances, reference, exact=exact and distances.dtype.kind == "i")
 
-    def judgement(self) -> dict[str, Any]:
-        """Return what is known of the answers."""
+
+class _Search(_Case):
+    """Iterations of the random search, from its first point on, and with a seed of its own in each call."""
+
+    changed = "another seed"
+
+    def __init__(self, backend: str, opening: Opening) -> None:
+        super().__init__(backend, opening)
+        self.X, self.y = self.case.load_samples()
+        self.dtype = np.result_type(self.X.dtype, np.float32)
+        self.n_classes = int(self.y.max()) + 1
+        # A peer takes one candidate at a time: what is computed ahead would be lost on it.
+        self.block_size = 1 if registry()[backend].peer else None
+        self.calls, self.before = 0, dict[str, int]()
+
+    def prepared(self, n_samples: int) -> tuple[float, Any]:
+        """Return the seconds to prepare the first samples, and their losses."""
+        from knnbench.classifiers.random_search import Objective
+
+        X, y, weight = self.X[:n_samples], self.y[:n_samples], np.ones(n_samples)
+        seconds, _, summed = timed(lambda: self.backend.linear_loss(X, y, weight, self.dtype), self.backend)
+        return seconds, Objective.of(summed, X, weight)
+
+    def search(self, objective: Any, seed: int, n_iterations: int) -> Any:
+        """Return a search after some iterations."""
+        from knnbench.classifiers.random_search import INIT_SCALE, STEP_SIZE, Search
+
+        search = Search.begun(seed, (self.X.shape[1], self.n_classes), self.dtype, INIT_SCALE)
+        for _ in search.improvements(objective, STEP_SIZE, n_iterations, n_iterations, self.block_size):
+            pass
+        return search
+
+    def timed_search(self, objective: Any, n_iterations: int) -> tuple[float, Any]:
+        """Return the seconds of some iterations of the first seed, and the search."""
+        seconds, _, search = timed(lambda: self.search(objective, SEEDS[0], n_iterations), self.backend)
+        return seconds, search
+
+    def open(self) -> dict[str, Any]:
+        """Prepare, search once, and check the losses and the decisions."""
+        _, few = self.prepared(min(FIRST_CORPUS, len(self.X)))
+        first_call_s, _ = self.timed_search(few, FIRST_QUERIES)
+        n_iterations, n_samples = self.opening.sizes or (0, self.samples())
+        prepare_s, self.objective = self.prepared(n_samples)
+        least = min(LEAST_QUERIES, self.case.n_queries)
+        if not n_iterations:
+            seconds = min(self.timed_search(self.objective, least)[0] for _ in range(2))
+            n_iterations = max(least, min(self.case.n_queries, int(self.call_s / seconds * least)))
+        self.sizes = n_iterations, n_samples
+        call_s, search = self.timed_search(self.objective, n_iterations)
+        self.verdict = self.check(search, self.opening.reference)
+        self.before = dict(self.objective.summed.operations)
         return {
-            "status": "wrong" if self.verdict.reason else "ok",
-            "reason": self.verdict.reason,
-            "error": self.verdict.error,
-            "recall": self.verdict.recall,
-            "n_checked": self.checked,
+            **self.judgement(),
+            "measured_queries": n_iterations,
+            "measured_corpus": n_samples,
+            "call_s": call_s,
+            "phases": {"prepare": [prepare_s], "first_call": [first_call_s]},
         }
+
+    def samples(self) -> int:
+        """Return how many samples to measure: all, unless a few iterations would take too long."""
+        whole, sampled = len(self.X), sampled_corpus(len(self.X))
+        seconds, _ = self.timed_search(self.prepared(sampled)[1], 1)
+        return whole if seconds * LEAST_QUERIES * whole <= LONGEST * self.call_s * sampled else sampled
+
+    def call(self, shift: int) -> Any:
+        """Search with another seed."""
+        self.calls += 1
+        return self.search(self.objective, SEEDS[-1] + 1 + shift, self.sizes[0])
+
+    def operations(self) -> dict[str, float]:
+        """Return what the timed calls did, candidates that were computed ahead and discarded included."""
+        per_call = max(1, self.calls) * self.sizes[0] * self.sizes[1] * self.case.n_features
+        done = self.objective.summed.operations
+        return {name: (count - self.before.get(name, 0)) / per_call for name, count in done.items()}
+
+    def check_changed(self) -> Verdict:
+        """Check the search with a seed that was not timed."""
+        return self.check(self.search(self.objective, SEEDS[1], self.sizes[0]), self.opening.changed_reference)
+
+    def check(self, search: Any, path: str) -> Verdict:
+        """Return what is wrong with a search."""
+        reference = np.array(json.loads(Path(path).read_text())[str(self.sizes[1])][: self.sizes[0]])
+        self.checked += len(reference)
+        return check_search(search.accepted, search.curve, search.near_ties, reference)
+
+
+def sampled_corpus(n_corpus: int) -> int:
+    """Return how many corpus rows stand for all of them, where these take too long."""
+    return min(n_corpus, LEAST_CORPUS)
 
 
 def _worse(first: Verdict, second: Verdict) -> Verdict:

@@ -1,7 +1,7 @@
 """Records of `knnbench run` as results of asv, so that wide sweeps and GPU machines appear on the same site.
 
 asv keeps one file for each machine, commit and environment, and ``benchmarks.json``, which lists the benchmarks and
-their parameters. `export` adds one benchmark for each operation, ``runner.time_knn`` and ``runner.time_pairwise``,
+their parameters. `export` adds one benchmark for each operation, such as ``runner.time_knn``,
 in an environment of its own, ``runner-py3.11``, beside those that asv made.
 
 ``asv run`` writes ``benchmarks.json`` anew, with what it found in the benchmark directory alone. The results of
@@ -251,7 +251,7 @@ def _by_file(
     for record in sorted(records, key=lambda record: (record.started, record.run)):
         python = ".".join(str(record.machine.get("python", "")).split(".")[:2])
         file = _File(machine or machine_name(record.machine), commits[record.commit].sha, python)
-        benchmark = files.setdefault(file, {}).setdefault(f"runner.time_{record.op}", _Benchmark())
+        benchmark = files.setdefault(file, {}).setdefault(f"runner.time_{record.op.replace('-', '_')}", _Benchmark())
         scale = 1e9 / record.pair_features
         benchmark.samples.setdefault(_cell(record), []).extend(scale * seconds for seconds in record.times_s)
         benchmark.started_ms = benchmark.started_ms or _milliseconds(record.started)

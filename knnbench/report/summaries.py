@@ -12,7 +12,7 @@ from typing import Any
 from knnbench.datasets import ADVERSARIAL_KINDS
 from knnbench.errors import InvalidInputError
 from knnbench.measure.comparison import commit_name, indistinguishable, machine_name, noise
-from knnbench.results import Record
+from knnbench.results import RANDOM_SEARCH, Record
 
 __all__ = ["Panel", "Summary", "current_panels", "default_baseline", "panels_of", "titles_of"]
 
@@ -321,5 +321,6 @@ def _intensity(cell: Record) -> float:
     item = ITEM_BYTES.get(cell.dtype, 4)
     rows = (cell.measured_queries + cell.measured_corpus) * cell.n_features * item
     width = 4 if item < 8 else 8
-    answers = cell.measured_queries * ((8 + width) * cell.k if cell.k else cell.measured_corpus * width)
+    answer = {"knn": (8 + width) * (cell.k or 0), "pairwise": width * cell.measured_corpus, RANDOM_SEARCH: 8}[cell.op]
+    answers = cell.measured_queries * answer
     return cell.pair_features / (rows + answers)

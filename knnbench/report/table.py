@@ -12,7 +12,7 @@ from knnbench.datasets import DatasetStatus
 from knnbench.measure.ceilings import PROBES, Ceiling
 from knnbench.measure.comparison import indistinguishable, noise
 from knnbench.measure.contention import CONTENDED
-from knnbench.results import Record
+from knnbench.results import OPS, Record
 
 __all__ = [
     "BASELINE",
@@ -84,10 +84,11 @@ def case_table(records: Iterable[Record]) -> Table:
         caption_justify="left",
     )
     table.add_column("backend", no_wrap=True)
+    query, queries = OPS[first.op]
     headings = (
-        "ms/query",
+        f"ms/{query}",
         "± %",
-        "queries/s",
+        f"{queries}/s",
         "Gpair/s",
         f"x {BASELINE}",
         "% of limit",
@@ -143,7 +144,7 @@ def _measured_row(cell: Record, baseline: Record | None) -> list[str | Text]:
     spread = (cell.interval_s[1] - cell.interval_s[0]) / 2 / cell.median_s
     ratio = "" if baseline is None else f"{(baseline.seconds_per_pair or 0) / cell.seconds_per_pair:.3g}"
     rows = "" if cell.measured_corpus == cell.n_corpus else f" x {cell.measured_corpus:,} rows"
-    notes = [f"{cell.measured_queries:,} queries{rows}"]
+    notes = [f"{cell.measured_queries:,} {OPS[cell.op][1]}{rows}"]
     if not cell.complete:
         notes.append(f"interrupted after {len(cell.times_s)} calls")
     if cell.contention is not None and cell.contention >= CONTENDED:
