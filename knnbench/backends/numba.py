@@ -77,7 +77,7 @@ LEAST_QUERIES = 64
 SMALL_LOSS = 1 << 23
 
 # Panels of samples whose losses are a task: enough to hand it to a thread, few enough for all threads to end together.
-LOSS_PANELS = 32
+LOSS_PANELS = 64
 
 # Pairs of a block whose distances are finished while they are in the cache.
 FINISHED_PAIRS = 1 << 17
@@ -341,24 +341,28 @@ class _LinearLoss(LinearLoss):
 
     def __init__(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> None:
         super().__init__()
-        self._kernels = kernels = linear_kernels(dtype)
+        self._kernels = kernels = linear_kernels(dtype, int(y.max()) + 1)
         n_panels = -(-len(X) // kernels.width)
         self._chunks = list(slices(n_panels, LOSS_PANELS))
         self._work, self._dtype = X.size, dtype
-        self._panels = packed(X, kernels)
+        # Features that are 0 in one sample of a class are more often 0 in the others too, and left out.
+        order = np.argsort(y, kind="stable")
+        self._panels = packed(X, order, kernels)
         # Samples past the last have no weight.
         self._labels, self._sample_weight = (
             np.zeros(n_panels * kernels.width, np.int64),
             np.zeros(n_panels * kernels.width),
         )
-        self._labels[: len(y)], self._sample_weight[: len(y)] = y, sample_weight
+        self._labels[: len(y)], self._sample_weight[: len(y)] = y[order], sample_weight[order]
 
     def __call__(self, W: Array, b: Array, limit: float = math.inf) -> Array:
+        """Return the loss of each model."""
         kernels, (n_models, n_features, n_classes) = self._kernels, W.shape
-        n_tiles = -(-n_models * n_classes // kernels.height)
-        rows = np.zeros((n_tiles * kernels.height, n_features), self._dtype)
-        rows[: n_models * n_classes] = W.transpose(0, 2, 1).reshape(-1, n_features)
-        weights = np.ascontiguousarray(rows.reshape(n_tiles, kernels.height, n_features).transpose(0, 2, 1))
+        n_tiles = -(-n_classes // kernels.height)
+        rows = np.zeros((n_models, n_tiles * kernels.height, n_features), self._dtype)
+        rows[:, :n_classes] = W.transpose(0, 2, 1)
+        weights = rows.reshape(n_models, n_tiles, kernels.height, n_features).transpose(0, 1, 3, 2)
+        weights = np.ascontiguousarray(weights)
         intercepts = b.astype(np.float64)
         # The order in which running sums take chunks is that of threads, so they round otherwise than the sum.
         stop = limit * (1 + 4 * len(self._chunks) * np.finfo(np.float64).eps)
@@ -370,7 +374,7 @@ class _LinearLoss(LinearLoss):
             if not wanted.any():
                 return
             part = self._chunks[number]
-            scores = np.empty((len(rows), kernels.width), self._dtype)
+            scores = np.empty((n_tiles * kernels.height, kernels.width), self._dtype)
             logits, lanes = np.empty((n_classes, kernels.width)), np.empty((3 + n_models, kernels.width))
             kernels.losses(
                 *self._panels, part.start, part.stop, self._labels, self._sample_weight, weights, intercepts, wanted,
@@ -380,7 +384,7 @@ class _LinearLoss(LinearLoss):
                 running.__iadd__(sums[number])
                 self.operations[f"fma-{self._dtype}"] += n_classes * int(wanted.sum()) * self._kept(part)
 
-        threads = thread_count() if self._work * len(rows) >= SMALL_LOSS else 1
+        threads = thread_count() if self._work * n_models * n_classes >= SMALL_LOSS else 1
         run_tasks(task, range(len(self._chunks)), threads)
         # Not numpy's sum, which adds in an order that depends on the shape.
         losses = np.add.accumulate(sums)[-1]
@@ -403,17 +407,17 @@ def packed_within(budget: int, prepared: TileCorpus, kernels: TileKernels) -> Ti
     return TileCorpus(rows, packing, kernels)
 
 
-def packed(X: Array, kernels: LinearKernels) -> Panels:
-    """Return the panels of samples."""
+def packed(X: Array, order: Array, kernels: LinearKernels) -> Panels:
+    """Return the panels of samples, which are taken in an order of the rows."""
     n_panels = -(-len(X) // kernels.width)
     threads = thread_count() if X.size >= SMALL_LOSS else 1
     parts = list(slices(n_panels, LOSS_PANELS))
     kept = np.zeros((n_panels, X.shape[1]), np.bool_)
-    run_tasks(lambda part: kernels.mark(X, part.start, part.stop, kept), parts, threads)
+    run_tasks(lambda part: kernels.mark(X, order, part.start, part.stop, kept), parts, threads)
     starts = np.concatenate([[0], kept.sum(axis=1).cumsum()])
     features = np.nonzero(kept)[1].astype(np.int32)
     values = np.empty((len(features), kernels.width), X.dtype)
-    run_tasks(lambda part: kernels.fill(X, part.start, part.stop, values, features, starts), parts, threads)
+    run_tasks(lambda part: kernels.fill(X, order, part.start, part.stop, values, features, starts), parts, threads)
     return Panels(values, features, starts)
 
 

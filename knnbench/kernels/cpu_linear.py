@@ -2,7 +2,7 @@
 
 Samples lie in *panels* of as many as a tile has lanes, a feature of all of them at a time, so that a lane belongs to
 a sample: classes are compared, and exponentials added, without crossing lanes. Features that are 0 in all samples of
-a panel are left out, which changes no sum: for images in bytes that is about half of them (MNIST, 16 samples). Bytes
+a panel are left out, which changes no sum: for images in bytes that is about half of them (MNIST, 32 samples). Bytes
 stay bytes in memory and become floats on their way into a register.
 
 Each product of a sample and a class is one chain of multiply-adds over the features, in their order, and the losses of
@@ -37,6 +37,17 @@ LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
 # Taylor's coefficients: the term that is left out is below 2**-53 for |r| <= ln(2) / 2.
 EXPONENTIAL = tuple(1 / math.factorial(n) for n in range(13, -1, -1))
 
+# Those of log(m) / s in even powers of s = (m - 1) / (m + 1), for m from sqrt(1/2) to sqrt(2): the term that is left
+# out is below 2**-54.
+LOGARITHM = tuple(2 / (2 * n + 1) for n in range(10, -1, -1))
+HALF_ROOT = 0x3FE6A09E667F3BCC
+MANTISSA = (1 << 52) - 1
+
+# Classes of a tile, by the number of registers: kernels for any number of classes would be compiled for each. With two
+# vectors of samples the largest leave some registers for the values between.
+HEIGHTS = {16: (2, 5), 32: (2, 5, 10)}
+VECTORS = 2
+
 # Below, a term is 0 beside the largest, which is 1; an exponent of a float goes no lower either.
 LEAST_POWER = -708.0
 
@@ -60,16 +71,17 @@ class Panels(NamedTuple):
 
 
 class LinearKernels(NamedTuple):
-    """The compiled functions for weights of one dtype.
+    """The compiled functions for weights of one dtype and a number of classes.
 
     Attributes
     ----------
     height, width : int
         Classes and samples of a tile.
     mark : callable
-        ``(X, first, stop, kept)``: set ``kept[p, f]`` where feature f is not 0 in all samples of panel p.
+        ``(X, order, first, stop, kept)``: set ``kept[p, f]`` where feature f is not 0 in all samples of panel p. The
+        samples are the rows of X with the numbers in `order`, here and below.
     fill : callable
-        ``(X, first, stop, values, features, starts)``: fill the values of some panels.
+        ``(X, order, first, stop, values, features, starts)``: fill the values of some panels.
     losses : callable
         ``(values, features, starts, first, stop, labels, sample_weight, weights, intercepts, wanted, scores, logits,
         lanes, losses)``: the summed losses of the wanted models over some panels.
@@ -84,8 +96,8 @@ class LinearKernels(NamedTuple):
 
 @intrinsic(prefer_literal=True)
 def products(
-    typing_context: Any, vectors: Any, values: Any, features: Any, start: Any, stop: Any, weights: Any, first: Any,
-    out: Any, to: Any,
+    typing_context: Any, vectors: Any, height: Any, values: Any, features: Any, start: Any, stop: Any, weights: Any,
+    first: Any, out: Any, to: Any,
 ) -> Any:  # fmt: skip
     """Compute the products of a panel of samples with the weights of a tile of classes.
 
@@ -93,6 +105,8 @@ def products(
     ----------
     vectors : str
         Name of the `Vectors`, a constant.
+    height : int
+        Classes of a tile, a constant.
     values, features : arrays
         Of `Panels`.
     start, stop : int
@@ -106,19 +120,19 @@ def products(
     to : int
         The first element of the tile in `out`.
     """
-    if not isinstance(vectors, types.Literal):
+    if not all(isinstance(kind, types.Literal) for kind in (vectors, height)):
         return None
     form = vectors_named(vectors.literal_value)
-    n_classes, n_vectors = form.tile_shape
+    n_classes, n_vectors = height.literal_value, VECTORS
     float_bytes = form.width // form.lanes
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Any:
         values, features, weights, out = (
-            array_data(context, builder, signature.args[i], args[i]) for i in (1, 2, 5, 7)
+            array_data(context, builder, signature.args[i], args[i]) for i in (2, 3, 6, 8)
         )
-        stored = context.get_data_type(signature.args[1].dtype)
-        stored_bytes = signature.args[1].dtype.bitwidth // 8
-        start, element = args[3], form.elements.element
+        stored = context.get_data_type(signature.args[2].dtype)
+        stored_bytes = signature.args[2].dtype.bitwidth // 8
+        start, element = args[4], form.elements.element
 
         def loaded(row: Any) -> list[Any]:
             vector, parts = ir.VectorType(stored, form.lanes), []
@@ -132,7 +146,7 @@ def products(
             row = builder.add(start, number)
             address = place_at(builder, features, builder.mul(row, INT64(4)), ir.IntType(32))
             feature = builder.zext(builder.load(address, align=4), INT64)
-            base = builder.add(args[6], builder.mul(feature, INT64(n_classes)))
+            base = builder.add(args[7], builder.mul(feature, INT64(n_classes)))
             samples, following = loaded(row), []
             for c in range(n_classes):
                 at = builder.mul(builder.add(base, INT64(c)), INT64(float_bytes))
@@ -143,14 +157,14 @@ def products(
             return following
 
         zeros = [ir.Constant(form.accumulators, None)] * (n_classes * n_vectors)
-        accs = emit_loop(builder, builder.sub(args[4], start), zeros, step)
+        accs = emit_loop(builder, builder.sub(args[5], start), zeros, step)
         for number, acc in enumerate(accs):
-            at = builder.mul(builder.add(args[8], INT64(number * form.lanes)), INT64(float_bytes))
+            at = builder.mul(builder.add(args[9], INT64(number * form.lanes)), INT64(float_bytes))
             builder.store(acc, place_at(builder, out, at, acc.type), align=float_bytes)
         return context.get_dummy_value()
 
     number = types.int64
-    return types.void(vectors, values, features, number, number, weights, number, out, number), generate
+    return types.void(vectors, height, values, features, number, number, weights, number, out, number), generate
 
 
 @intrinsic(prefer_literal=False)
@@ -181,63 +195,94 @@ def exponential(x: Any) -> Any:
     return total * power_of_two(rounded)
 
 
-def linear_kernels(dtype: Any) -> LinearKernels:
+@intrinsic(prefer_literal=False)
+def bits_of(typing_context: Any, value: Any) -> Any:
+    """Return the bits of a float64."""
+    return types.int64(types.float64), lambda context, builder, signature, args: builder.bitcast(args[0], INT64)
+
+
+@intrinsic(prefer_literal=False)
+def float_of(typing_context: Any, bits: Any) -> Any:
+    """Return the float64 with these bits."""
+    return types.float64(types.int64), lambda context, builder, signature, args: builder.bitcast(
+        args[0], ir.DoubleType()
+    )
+
+
+@compile_cached(nogil=True, inline="always", error_model="numpy")
+def logarithm(x: Any) -> Any:
+    """Return log(x) of a normal float64 above 0 in such steps; NaN and infinity stay what they are.
+
+    The range is reduced to ``x = 2**k m`` with m about 1, as in the same book, chapter 5.
+    """
+    bits = bits_of(x)
+    k = (bits - HALF_ROOT) >> 52
+    m = float_of(bits - (k << 52))
+    s = (m - 1.0) / (m + 1.0)
+    square = s * s
+    total = LOGARITHM[0]
+    for coefficient in LOGARITHM[1:]:
+        total = total * square + coefficient
+    result = k * LN2_HIGH + (k * LN2_LOW + s * total)
+    return result if x - x == 0.0 else x
+
+
+def linear_kernels(dtype: Any, n_classes: int) -> LinearKernels:
     """Return the kernels for weights of float32 or float64 on this CPU, compiled when they are first called."""
-    return _compiled(vectors_of(f"product-{np.dtype(dtype)}", simd_level()))
+    form = vectors_of(f"product-{np.dtype(dtype)}", simd_level())
+    # A tile costs its classes, and the loading of the samples; of equals, the fewest tiles.
+    height = min(HEIGHTS[form.registers], key=lambda height: (-(-n_classes // height) * (height + 1), -height))
+    return _compiled(form, height)
 
 
 @functools.cache
-def _compiled(form: Vectors) -> LinearKernels:
-    vectors, width = form.name, form.panel_rows
-    height = form.tile_shape[0]
+def _compiled(form: Vectors, height: int) -> LinearKernels:
+    vectors, width = form.name, VECTORS * form.lanes
 
     @compile_cached(nogil=True)
-    def mark(X: Any, first: Any, stop: Any, kept: Any) -> None:
+    def mark(X: Any, order: Any, first: Any, stop: Any, kept: Any) -> None:
         for p in range(first, stop):
-            for i in range(p * width, min((p + 1) * width, X.shape[0])):
+            for i in order[p * width : (p + 1) * width]:
                 for f in range(X.shape[1]):
                     kept[p, f] |= X[i, f] != 0
             # A loop of no steps would need a kernel of its own.
             kept[p, 0] = True
 
     @compile_cached(nogil=True)
-    def fill(X: Any, first: Any, stop: Any, values: Any, features: Any, starts: Any) -> None:
+    def fill(X: Any, order: Any, first: Any, stop: Any, values: Any, features: Any, starts: Any) -> None:
         for p in range(first, stop):
             for lane in range(width):
                 i = p * width + lane
                 for row in range(starts[p], starts[p + 1]):
-                    values[row, lane] = X[i, features[row]] if i < X.shape[0] else 0
+                    values[row, lane] = X[order[i], features[row]] if i < len(order) else 0
 
-    @compile_cached(nogil=True, error_model="numpy")
+    # A multiply-add as one instruction is exact where the reduction of a range needs that, and rounds less elsewhere.
+    @compile_cached(nogil=True, error_model="numpy", fastmath={"contract"})
     def losses(
         values: Any, features: Any, starts: Any, first: Any, stop: Any, labels: Any, sample_weight: Any, weights: Any,
         intercepts: Any, wanted: Any, scores: Any, logits: Any, lanes: Any, totals: Any,
     ) -> None:  # fmt: skip
         n_models, n_classes = intercepts.shape
-        n_tiles, n_features = weights.shape[0], weights.shape[1]
+        n_tiles, n_features = weights.shape[1], weights.shape[2]
         largest, sums, right, sum_of = lanes[0], lanes[1], lanes[2], lanes[3:]
         for m in range(n_models):
             for lane in range(width):
                 sum_of[m, lane] = 0.0
         for p in range(first, stop):
-            for t in range(n_tiles):
-                is_wanted = False
-                for m in range(t * height // n_classes, min(n_models, ((t + 1) * height - 1) // n_classes + 1)):
-                    is_wanted |= wanted[m]
-                if is_wanted:
-                    products(
-                        vectors, values, features, starts[p], starts[p + 1], weights, t * n_features * height, scores,
-                        t * height * width,
-                    )  # fmt: skip
             for m in range(n_models):
                 if not wanted[m]:
                     continue
+                for t in range(n_tiles):
+                    products(
+                        vectors, height, values, features, starts[p], starts[p + 1], weights,
+                        (m * n_tiles + t) * n_features * height, scores, t * height * width,
+                    )  # fmt: skip
                 for lane in range(width):
                     largest[lane] = -np.inf
                     sums[lane] = 0.0
                 for c in range(n_classes):
                     for lane in range(width):
-                        value = np.float64(scores[m * n_classes + c, lane]) + intercepts[m, c]
+                        value = np.float64(scores[c, lane]) + intercepts[m, c]
                         logits[c, lane] = value
                         largest[lane] = value if value > largest[lane] else largest[lane]
                 for lane in range(width):
@@ -246,7 +291,7 @@ def _compiled(form: Vectors) -> LinearKernels:
                     for lane in range(width):
                         sums[lane] += exponential(logits[c, lane] - largest[lane])
                 for lane in range(width):
-                    loss = math.log(sums[lane]) + (largest[lane] - right[lane])
+                    loss = logarithm(sums[lane]) + (largest[lane] - right[lane])
                     sum_of[m, lane] += sample_weight[p * width + lane] * loss
         for m in range(n_models):
             total = 0.0
