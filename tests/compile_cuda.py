@@ -63,12 +63,12 @@ def device_array(shape, dtype=np.float64):
 
 
 def started_kernels():
-    """Return ``{(kernel, argument types): space}`` of everything that the backend starts."""
+    """Return ``{(kernel, argument types): (space, threads of a block)}`` of everything that the backend starts."""
     started, space = {}, None
 
     def record(kernel, grid, block, *args):
         given = (np.asarray(arg) if isinstance(arg, DeviceArray) else arg for arg in args)
-        started.setdefault((kernel, tuple(map(numba.typeof, given))), space)
+        started.setdefault((kernel, tuple(map(numba.typeof, given))), (space, block[0] * block[1]))
 
     cuda_tiles.launch = record
     numba_cuda.cuda = types.SimpleNamespace(
@@ -93,6 +93,9 @@ def started_kernels():
                 ranked, _ = backend.knn(rows, prepared, 1, space, DEFAULT_BUDGET)
                 backend.finish(ranked, space)
         space = None
+        X, y, weight = device_array((4, 3), dtype), np.zeros(4, np.int64), np.ones(4)
+        real = np.result_type(dtype, np.float32)
+        backend.linear_loss(X, y, weight, real)(np.zeros((2, 3, 2), real), np.zeros((2, 2), real))
     return started
 
 
@@ -205,9 +208,10 @@ def compiled_before(kernels):
     }
 
 
-def described(kernel, signature, space):
+def described(kernel, signature, space, threads):
     return {
         "kernel": kernel.py_func.__name__,
+        "threads": threads,
         "signature": str(signature),
         "metric": space.metric.name if space else None,
         "dtype": space.dtype.name if space else None,
@@ -325,7 +329,9 @@ def pretend_to_have_a_device():
 
 def main():
     pretend_to_have_a_device()
-    kernels = [(kernel, given, described(kernel, given, space)) for (kernel, given), space in started_kernels().items()]
+    kernels = [
+        (kernel, given, described(kernel, given, *about)) for (kernel, given), about in started_kernels().items()
+    ]
     records = {"cache": compiled_before(kernels)}
     if sys.argv[1:] != ["cache"]:
         records["numba"] = compile_numba(kernels)

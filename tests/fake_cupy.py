@@ -147,9 +147,11 @@ UFUNCS = {
     for name, n_in in {
         "abs": 1,
         "add": 2,
+        "exp": 1,
         "frexp": 1,
         "isfinite": 1,
         "ldexp": 2,
+        "log": 1,
         "maximum": 2,
         "multiply": 2,
         "sqrt": 1,

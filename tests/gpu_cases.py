@@ -11,7 +11,15 @@ import os
 import numpy as np
 import pytest
 
-from knnbench import BackendUnavailableError, InvalidInputError, interchange, knn, pairwise, prepare
+from knnbench import (
+    BackendUnavailableError,
+    InvalidInputError,
+    RandomSearchClassifier,
+    interchange,
+    knn,
+    pairwise,
+    prepare,
+)
 from knnbench.backends import backend_status, get_backend, upload
 from knnbench.blocking import DEFAULT_BUDGET, block_shape
 from knnbench.dtypes import COMPUTED
@@ -288,6 +296,41 @@ def test_the_device_has_a_clock_of_its_own(rng):
     assert 0 < stop() < 60
 
 
+# Samples and classes of a block of the kernel of losses, and around them.
+LOSSES = (4, 2) if SIMULATED else (256, 10)
+
+
+@pytest.mark.filterwarnings("ignore:.*invalid value encountered:RuntimeWarning")  # of infinities, as they must be
+@pytest.mark.parametrize("dtype", COMPUTED)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (LOSSES[0], 3, LOSSES[1]), (2 * LOSSES[0] + 1, 7, LOSSES[1] + 1)])
+def test_losses_of_linear_models(dtype, shape, rng):
+    n_samples, n_features, n_classes = shape
+    X, y = rows_of(rng, dtype, n_samples, n_features), rng.integers(0, n_classes, n_samples)
+    weight, real = rng.random(n_samples), np.result_type(dtype, np.float32)
+    W = (1e-2 * rng.normal(size=(3, n_features, n_classes))).astype(real)
+    b = rng.normal(size=(3, n_classes)).astype(real)
+    losses = get_backend(BACKEND).linear_loss(X, y, weight, real)
+    found = losses(W, b)
+    expected = get_backend("numpy").linear_loss(X, y, weight, real)(W, b)
+    np.testing.assert_allclose(found, expected, rtol=1e-5 if real == np.float32 else 1e-12, atol=1e-12)
+    assert_identical(found, np.concatenate([losses(W[m : m + 1], b[m : m + 1]) for m in range(3)]))
+    limit = float(np.median(found))
+    assert_identical(losses(W, b, limit), np.where(found <= limit, found, np.inf))
+    assert sum(losses.operations.values()) == 9 * n_samples * n_features * n_classes
+    W[1, 0, 0], b[2, 0] = np.nan, np.inf
+    assert np.isfinite(losses(W, b)).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float64"])
+def test_a_random_search_decides_as_on_the_host(dtype, rng):
+    X, y = rows_of(rng, dtype, LOSSES[0] + 3, 5), rng.integers(0, 3, LOSSES[0] + 3)
+    found, expected = (
+        RandomSearchClassifier(12, backend=name, random_state=0).fit(X, y) for name in (BACKEND, "numpy")
+    )
+    assert found.accepted_iterations_.tolist() == expected.accepted_iterations_.tolist()
+    np.testing.assert_array_equal(found.coef_, expected.coef_)
+
+
 @pytest.mark.skipif(SIMULATED, reason="the simulator has no clock")
 @pytest.mark.parametrize("op", ["knn", "pairwise"])
 def test_a_case_is_measured_with_its_copies_apart(op, tmp_path):
@@ -297,7 +340,7 @@ def test_a_case_is_measured_with_its_copies_apart(op, tmp_path):
     paths = [str(tmp_path / name) for name in ("first.npy", "changed.npy")]
     for path, rows in zip(paths, (queries[:8], corpus[-8:]), strict=True):
         np.save(path, reference_distances(rows, corpus, "cityblock"))
-    measured = worker._Case(BACKEND, worker.Opening(case, 0.05, *paths, sizes=(8, 60)))
+    measured = worker._Distances(BACKEND, worker.Opening(case, 0.05, *paths, sizes=(8, 60)))
     opened = measured.open()
     assert (opened["status"], opened["reason"]) == ("ok", "")
     copies = {"copy_in", "copy_out", "from_pageable", "from_pinned"}

@@ -24,10 +24,11 @@ def pytest_configure(config):
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
     from numba.cuda.simulator.kernelapi import FakeCUDAShared
 
-    from knnbench.kernels import cuda_tiles
+    from knnbench.kernels import cuda_linear, cuda_tiles
 
     assert numba.config.ENABLE_CUDASIM
     cuda_tiles.THREADS, cuda_tiles.PER_THREAD, cuda_tiles.FEATURES, cuda_tiles.ROW_THREADS = 2, 2, 3, 4
+    cuda_linear.THREADS, cuda_linear.PER_THREAD, cuda_linear.CLASSES, cuda_linear.FEATURE_BYTES = 2, 2, 2, 16
     FakeCUDAShared.array = shared_array
     FakeCUDAArray.__cuda_array_interface__ = property(lambda self: self._ary.__array_interface__)
     cuda_tiles.cuda.as_cuda_array = lambda array: array

@@ -136,7 +136,7 @@ class ArrayLoss(ChunkedLoss):
 
     def loss(self, samples: Any, rows: slice, W: Any, b: Any) -> float:
         """Return the summed loss of a model over some samples."""
-        logits = (samples @ W).astype(np.float64) + b
+        logits = self._xp.matmul(samples, W).astype(np.float64) + b
         largest = logits.max(axis=1)
         exponentials = self._xp.exp(logits - largest[:, None]).sum(axis=1)
         right = self._xp.take_along_axis(logits, self._labels[rows], axis=1)[:, 0]

@@ -1,6 +1,7 @@
 """numba on a CUDA device: kernels compiled from the metrics' own scalar functions."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,12 +12,13 @@ import numpy as np
 from knnbench import interchange
 from knnbench.blocking import block_shape, slices
 from knnbench.dtypes import Array
-from knnbench.kernels import cuda_tiles
+from knnbench.kernels import cuda_linear, cuda_tiles
 from knnbench.kernels.cuda_tiles import launch_rows, launch_tile
 from knnbench.metrics import Space
 from knnbench.ordering import largest
 
 from .base import Backend, Capabilities, Native, Scan, float_operations
+from .linear import LinearLoss
 from .upload import Lane, Uploader
 
 __all__ = ["NumbaCudaBackend"]
@@ -139,6 +141,10 @@ class NumbaCudaBackend(Backend):
         launch_rows(cuda_tiles.finish_values(space), ranked.size, ranked, distances)
         return distances
 
+    def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
+        """Return the losses of `Backend.linear_loss` by the fused kernel, with the samples on the device."""
+        return DeviceLoss(X, y, sample_weight, dtype)
+
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return those of the direct form on floats."""
         return {} if space.is_integer else float_operations("cuda", space, product=False)
@@ -228,3 +234,29 @@ class NumbaLane(Lane):
 def uploader_of(device: str) -> Uploader:
     """Return the uploader to a device, by its UUID, while it is the current one."""
     return Uploader(NumbaLane())
+
+
+class DeviceLoss(LinearLoss):
+    """Losses of all models in one launch, those of a model added in the order of its blocks.
+
+    Parameters
+    ----------
+    X, y, sample_weight, dtype
+        As of `Backend.linear_loss`.
+    """
+
+    def __init__(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> None:
+        super().__init__()
+        self._dtype, self._n_features = dtype, X.size
+        self._samples = [cuda.to_device(np.ascontiguousarray(array)) for array in (X, y, sample_weight)]
+        self._blocks = cuda_linear.sample_blocks(len(X))
+
+    def __call__(self, W: Array, b: Array, limit: float = math.inf) -> Array:
+        """Return the loss of each model."""
+        models = cuda.to_device(np.ascontiguousarray(W)), cuda.to_device(b.astype(np.float64))
+        sums = cuda.device_array((len(W), self._blocks), np.float64)
+        cuda_linear.launch_losses(self._dtype, *self._samples, *models, sums)
+        self.operations[f"cuda-fma-{self._dtype}"] += self._n_features * b.size
+        # Not numpy's sum, which adds in an order that depends on the shape.
+        losses = np.add.accumulate(sums.copy_to_host(), axis=1)[:, -1]
+        return np.where(losses <= limit, losses, math.inf)

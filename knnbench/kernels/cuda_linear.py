@@ -1,0 +1,136 @@
+"""Cross-entropy of linear models on CUDA: a product in registers, its exponentials and the losses, in one kernel.
+
+A block of threads has some samples and one model. Features of its samples and weights pass through shared memory; each
+thread has `PER_THREAD` samples and `CLASSES` classes in registers at a time, so that a weight, which all threads read
+at once, serves its samples, and a feature serves all classes. Of the logits of a sample its thread keeps the largest,
+and the sum of exponentials below that, which a larger one rescales [1]_. That is done from shared memory: registers
+have no index, and the code of an exponential is too long to be repeated for each.
+
+Products are chains of multiply-adds over the features in their order; the losses of a block are added in the same order
+whatever models are computed together.
+
+References
+----------
+.. [1] M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867, 2018.
+"""
+
+import functools
+import math
+from typing import Any
+
+import numba
+import numba.cuda
+from numba import float64
+
+from knnbench.kernels import cuda_tiles
+
+__all__ = ["launch_losses", "sample_blocks"]
+
+# A power of two.
+THREADS = 64
+PER_THREAD = 4
+CLASSES = 10
+
+# Of a sample in shared memory: with 256 samples 32 KiB.
+FEATURE_BYTES = 128
+
+# The simulator swaps a global of this module that is `numba.cuda`, as in `knnbench.kernels.cuda_tiles`.
+cuda: Any = numba.cuda
+
+
+def sample_blocks(n_samples: int) -> int:
+    """Return how many blocks of threads some samples take, for one model."""
+    return -(-n_samples // (THREADS * PER_THREAD))
+
+
+def launch_losses(dtype: Any, *args: Any) -> None:
+    """Start the kernel for weights of float32 or float64.
+
+    Parameters
+    ----------
+    dtype : numpy.dtype
+    *args : device arrays
+        ``X, labels, sample_weight, weights, intercepts, losses``. Weights are (n_models, n_features, n_classes); the
+        last, (n_models, n_blocks), is filled with the summed losses of the samples of each block. What is neither X,
+        labels nor weights is float64.
+    """
+    kernel = _kernel(numba.from_dtype(dtype), FEATURE_BYTES // dtype.itemsize)
+    n_models, n_blocks = args[-1].shape
+    cuda_tiles.launch(kernel, (n_blocks, n_models), (THREADS, 1), *args)
+
+
+@functools.cache
+def _kernel(real: Any, features: int) -> Any:
+    threads, per_thread, classes = THREADS, PER_THREAD, CLASSES
+    edge = threads * per_thread
+    # A column more than is used, against conflicts of banks, as in `knnbench.kernels.cuda_tiles`.
+    padded = edge + 1
+
+    @cuda_tiles.compiled
+    def losses(X: Any, labels: Any, sample_weight: Any, weights: Any, intercepts: Any, sums: Any) -> None:
+        # The simulator wants each shared array on a line of its own.
+        samples = cuda.shared.array((features, padded), real)
+        columns = cuda.shared.array((features, classes), real)
+        largest = cuda.shared.array(edge, float64)
+        below = cuda.shared.array(edge, float64)
+        right = cuda.shared.array(edge, float64)
+        totals = cuda.shared.array(threads, float64)
+        acc = cuda.local.array((per_thread, classes), real)
+        thread, model = cuda.threadIdx.x, cuda.blockIdx.y
+        first = cuda.blockIdx.x * edge
+        for i in range(thread, edge, threads):
+            largest[i] = -math.inf
+            below[i] = 0.0
+            right[i] = 0.0
+        for first_class in range(0, weights.shape[2], classes):
+            for r in range(per_thread):
+                for c in range(classes):
+                    acc[r, c] = real(0)
+            for start in range(0, X.shape[1], features):
+                for element in range(thread, edge * features, threads):
+                    i, f = element // features, element % features
+                    samples[f, i] = real(0)
+                    if first + i < X.shape[0] and start + f < X.shape[1]:
+                        samples[f, i] = real(X[first + i, start + f])
+                for element in range(thread, features * classes, threads):
+                    f, c = element // classes, element % classes
+                    columns[f, c] = real(0)
+                    if start + f < X.shape[1] and first_class + c < weights.shape[2]:
+                        columns[f, c] = weights[model, start + f, first_class + c]
+                cuda.syncthreads()
+                for f in range(features):
+                    for r in range(per_thread):
+                        x = samples[f, thread + r * threads]
+                        for c in range(classes):
+                            acc[r, c] += x * columns[f, c]
+                cuda.syncthreads()
+            # Each thread reads what it wrote; there are as many rows as classes, or more.
+            for r in range(per_thread):
+                for c in range(classes):
+                    samples[c, thread + r * threads] = acc[r, c]
+            for i in range(thread, min(edge, X.shape[0] - first), threads):
+                for c in range(min(classes, weights.shape[2] - first_class)):
+                    logit = float64(samples[c, i]) + intercepts[model, first_class + c]
+                    if first_class + c == labels[first + i]:
+                        right[i] = logit
+                    if logit > largest[i]:
+                        below[i] = below[i] * math.exp(largest[i] - logit) + 1.0
+                        largest[i] = logit
+                    else:
+                        below[i] += math.exp(logit - largest[i])
+            cuda.syncthreads()
+        total = float64(0)
+        for i in range(thread, min(edge, X.shape[0] - first), threads):
+            total += sample_weight[first + i] * (math.log(below[i]) + (largest[i] - right[i]))
+        totals[thread] = total
+        cuda.syncthreads()
+        width = threads // 2
+        while width > 0:
+            if thread < width:
+                totals[thread] += totals[thread + width]
+            cuda.syncthreads()
+            width //= 2
+        if thread == 0:
+            sums[model, cuda.blockIdx.x] = totals[0]
+
+    return losses
