@@ -64,8 +64,8 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
     init_scale : float
         Standard deviation of the weights of the first point; its intercepts are 0.
     backend : str
-        A name that `knnbench.backends` lists: where losses are computed. ``"auto"`` is ``"numpy"``. A named
-        backend works or raises.
+        A name that `knnbench.backends` lists: where losses are computed. ``"auto"`` is ``"numba"`` where that works,
+        else ``"numpy"``. A named backend works or raises, and peers without such losses raise.
     random_state : int, RandomState or None
         An int is the seed itself; otherwise a seed is drawn.
     verbose : bool
@@ -186,8 +186,8 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         InvalidInputError
             A parameter or a weight out of range, data so large that no candidate has a finite loss, or with
             `warm_start` other classes or numbers of features than before.
-        UnknownBackendError, BackendUnavailableError
-            The named backend does not exist or does not work here.
+        UnknownBackendError, BackendUnavailableError, UnsupportedError
+            The named backend does not exist, does not work here, or has no losses of linear models.
         ValueError
             X, y or sample_weight that scikit-learn's validation refuses: NaN, not two-dimensional, several outputs.
         KeyboardInterrupt
