@@ -586,6 +586,17 @@ def test_a_candidate_is_left_once_it_is_above_the_limit(monkeypatch: pytest.Monk
     assert (seen[0], seen[-1]) == (2, 1)
 
 
+def test_operations_are_counted_without_those_left_out() -> None:
+    X, y = np.ones((64, 20), np.uint8), np.arange(64) % 3
+    X[:, 5:9] = 0
+    W, b = np.zeros((2, 20, 3), np.float32), np.zeros((2, 3), np.float32)
+    for name, probe, features in (("numba", "fma-float32", 16), ("numpy", "gemm-float32", 20)):
+        losses = get_backend(name).linear_loss(X, y, np.ones(64), np.dtype(np.float32))
+        losses(W, b)
+        losses(W[:1], b[:1])
+        assert losses.operations == {probe: 3 * 64 * features * 3}
+
+
 def test_not_finite_losses_are_infinite(own_backend: str) -> None:
     losses = get_backend(own_backend).linear_loss(*images(40, "float32"), np.ones(40), np.dtype(np.float32))
     W = np.zeros((3, 64, 10), np.float32)
