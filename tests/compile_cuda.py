@@ -6,6 +6,8 @@ starting taken out. What is compiled is looked at in machine code: registers, wh
 instructions in double precision.
 """
 
+import collections
+import contextlib
 import hashlib
 import json
 import re
@@ -18,15 +20,15 @@ from pathlib import Path
 
 import numba
 import numpy as np
-from numba import float32, float64
+from numba import float32, float64, uint8
 
 from knnbench.backends import numba_cuda
 from knnbench.blocking import DEFAULT_BUDGET
 from knnbench.dtypes import COMPUTED
-from knnbench.kernels import cuda_tiles
+from knnbench.kernels import cuda_launch, cuda_rows, cuda_tiles
 from knnbench.kernels.cuda_search import search_of
 from knnbench.kernels.cuda_source import EXPRESSIONS, direct_source, norms_source
-from knnbench.metrics import METRICS, Space, as_accumulated, unchanged
+from knnbench.metrics import METRICS, Space, unchanged
 
 ARCHITECTURES = (80, 90, 100)
 COMPILED_FOR = (8, 0)
@@ -38,6 +40,8 @@ N_FEATURES = {"uint8": (3, 40_000), "float32": (3,), "float64": (3,)}
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)")
 HOT = 32
+
+TILE_KERNELS = ("search", "distance_tile")
 
 DOUBLE = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX)\b|\.F64|64H\b")
 
@@ -68,9 +72,10 @@ def started_kernels():
 
     def record(kernel, grid, block, *args):
         given = (np.asarray(arg) if isinstance(arg, DeviceArray) else arg for arg in args)
-        started.setdefault((kernel, tuple(map(numba.typeof, given))), (space, block[0] * block[1]))
+        started.setdefault((kernel, tuple(map(numba.typeof, given))), (space, block))
 
-    cuda_tiles.launch = record
+    cuda_launch.launch = cuda_tiles.launch = record
+    cuda_launch.cuda.get_current_device = lambda: types.SimpleNamespace(MULTIPROCESSOR_COUNT=1)
     numba_cuda.cuda = types.SimpleNamespace(
         device_array=device_array,
         to_device=lambda array: array.view(DeviceArray),
@@ -135,8 +140,24 @@ def run_tool(name, *args):
     return subprocess.run([paths[0], *args], capture_output=True, text=True, check=True).stdout
 
 
+def inner_loop(text):
+    """Return the instructions, and how often they are there, of the shortest loop that loads vectors of 16 bytes from
+    shared memory; empty if none does."""
+    starts, loops = {}, []
+    for line in re.finditer(r"^(\.L_x_\d+):|BRA\b[^;]*`\((\.L_x_\d+)\)", text, re.MULTILINE):
+        if line[1]:
+            starts[line[1]] = line.start()
+        elif line[2] in starts:
+            found = INSTRUCTION.findall(text[starts[line[2]] : line.start()])
+            if "LDS.128" in found:
+                loops.append(found)
+    return collections.Counter(min(loops, key=len, default=[]))
+
+
 def examined(cubin):
-    """Return, by function, its registers, its bytes of local memory, its instructions in double precision, its loops.
+    """Return, by function, its registers, its bytes of local memory, its instructions in double precision, how many
+    vectors it loads from global memory, how often its innermost loop with such loads from shared memory has each
+    instruction, and its loops.
 
     A loop is the count of each instruction between a label and a jump: those that have `HOT` times the same.
     """
@@ -157,6 +178,8 @@ def examined(cubin):
             "doubles": sorted({name for name in instructions if DOUBLE.search(name)}),
             "instructions": dict(Counter(instructions)),
             "loops": hot_blocks(text),
+            "vector_loads": instructions.count("LDG.E.128"),
+            "inner": inner_loop(text),
         }
     return found
 
@@ -170,11 +193,11 @@ def hot_blocks(text):
 
 def may_use_double(kernel, signature):
     """Return whether the values of a kernel are of double precision by the rules for dtypes."""
-    if kernel is cuda_tiles.unit_rows:
+    if kernel is cuda_rows.unit_rows:
         return True
     arrays = [argument.dtype for argument in signature if isinstance(argument, numba.types.Array)]
     is_rounded = arrays[-1] == float32 and float32 not in arrays[:-1]  # what integers are finished as
-    if kernel.py_func.__name__ == "tile":
+    if kernel.py_func.__name__ in TILE_KERNELS:
         del arrays[2:4]  # the norms, which are float64 and read only if the ranking is
     return is_rounded or float64 in (*arrays, *signature)
 
@@ -208,7 +231,7 @@ def compiled_before(kernels):
     }
 
 
-def described(kernel, signature, space, threads):
+def described(kernel, signature, space, threads=256):
     return {
         "kernel": kernel.py_func.__name__,
         "threads": threads,
@@ -225,19 +248,28 @@ def half_of_square(acc, a, b):
 
 
 def planted():
-    """Return kernels with faults that must be found: a literal of double precision, and too many registers."""
-    rows, norms = float32[:, ::1], float64[::1]
-    signature = (rows, rows, norms, norms, numba.int64, rows)
-
-    def tile(accumulate):
-        types_ = float32, float32, float32, float32
-        return cuda_tiles._tile(accumulate, as_accumulated, False, unchanged, *types_), signature
-
-    literal = *tile(half_of_square), {"fault": "literal"}
-    cuda_tiles.PER_THREAD = 20
-    cuda_tiles._tile.cache_clear()
-    spill = *tile(METRICS["cityblock"].floating.accumulate), {"fault": "spill"}
-    return [literal, spill]
+    """Return kernels with faults that must be found: a literal of double precision, bytes taken one by one, and too
+    many registers."""
+    floats, words = float32[:, ::1], uint8[:, ::1]
+    norms, tiles = (float64[::1], float64[::1]), numba.int64
+    cityblock = {dtype: Space(METRICS["cityblock"], np.dtype(dtype), 3) for dtype in ("float32", "uint8")}
+    parameters = {dtype: cuda_tiles.parameters_of(space) for dtype, space in cityblock.items()}
+    kernel = cuda_tiles.search_kernel(parameters["float32"]._replace(accumulate=half_of_square))
+    found = [(kernel, (floats, floats, *norms, tiles, floats, numba.int64[:, ::1]), "float32", "literal")]
+    # What follows is not among what tells kernels apart, in this process or on the disk.
+    cuda_launch.cached_on_disk = lambda: contextlib.nullcontext(False)
+    for made in (cuda_tiles.search_kernel, cuda_tiles.distance_kernel, cuda_tiles.arithmetic_of):
+        made.cache_clear()
+    cuda_tiles.BYTES.clear()
+    kernel = cuda_tiles.search_kernel(parameters["uint8"])
+    found.append((kernel, (words, words, *norms, tiles, numba.int32[:, ::1], numba.int64[:, ::1]), "uint8", "singly"))
+    cuda_tiles.PIECES = 4
+    kernel = cuda_tiles.distance_kernel(parameters["float32"], unchanged, float32, float32)
+    found.append((kernel, (floats, floats, *norms, floats), "float32", "spill"))
+    return [
+        (kernel, signature, {**described(kernel, signature, cityblock[dtype]), "fault": fault})
+        for kernel, signature, dtype, fault in found
+    ]
 
 
 def together(sources):

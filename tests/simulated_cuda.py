@@ -2,15 +2,19 @@
 
 A plugin of pytest (``-p tests.simulated_cuda``) for a process that has NUMBA_ENABLE_CUDASIM=1. The simulator runs
 each thread of a kernel as a thread of Python, so tiles are made small; its arrays do not present themselves as
-device arrays; and where two threads reach a shared array at the same moment, it gives each its own.
+device arrays; where two threads reach a shared array at the same moment, it gives each its own; and it runs no
+intrinsics, which have their forms in Python here.
 """
 
 import sys
+import types
 
 import numpy as np
 
+MULTIPROCESSORS = 3
 
-def shared_array(self, shape, dtype):
+
+def shared_array(self, shape, dtype, alignment=None):
     """Return the one array of the line that asks for it, whichever thread comes first."""
     from numba.np import numpy_support
 
@@ -19,16 +23,111 @@ def shared_array(self, shape, dtype):
     return self._allocations.setdefault(line, np.empty(shape, numpy_support.as_dtype(dtype)))
 
 
+def filled(value, count):
+    return lambda: (value(0),) * count
+
+
+def gathered(function, count):
+    def gather(args):
+        found = [function(number, *args) for number in range(count)]
+        return tuple(element for part in found for element in (part if isinstance(part, tuple) else (part,)))
+
+    return gather
+
+
+def outer(function):
+    def combine(sums, a, b):
+        return tuple(function(sums[r * len(b) + c], a[r], b[c]) for r in range(len(a)) for c in range(len(b)))
+
+    return combine
+
+
+def folded(function):
+    def fold(state, values, args):
+        for number, value in enumerate(values):
+            state = function(state, number, value, *args)
+        return state
+
+    return fold
+
+
+def vectors_of(word):
+    from numba.np import numpy_support
+
+    dtype = numpy_support.as_dtype(word)
+
+    def load(array, number):
+        whole = np.asarray(getattr(array, "_ary", array))
+        assert whole.flags.c_contiguous
+        words = whole.reshape(-1).view(dtype)
+        lanes = 16 // dtype.itemsize
+        assert 0 <= number * lanes <= len(words) - lanes
+        return tuple(words[number * lanes : (number + 1) * lanes].tolist())
+
+    return load
+
+
+def anew(value):
+    return value
+
+
+def inverse_root(value):
+    return np.float32(1 / np.sqrt(np.float64(value)))
+
+
+def four(word):
+    return [int(word) >> shift & 255 for shift in (0, 8, 16, 24)]
+
+
+def add_absolute_differences(total, a, b):
+    return total + sum(abs(p - q) for p, q in zip(four(a), four(b), strict=True))
+
+
+def add_products(total, a, b):
+    return total + sum(p * q for p, q in zip(four(a), four(b), strict=True))
+
+
+def larger_differences(total, a, b):
+    return max(total, *(abs(p - q) for p, q in zip(four(a), four(b), strict=True)))
+
+
+def largest_difference(total):
+    return total
+
+
+STAND_INS = (
+    filled, gathered, outer, folded, vectors_of, anew, inverse_root, add_absolute_differences, add_products,
+    larger_differences, largest_difference,
+)  # fmt: skip
+
+
 def pytest_configure(config):
     import numba
+    import numba.cuda as cuda
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+    from numba.cuda.simulator.kernel import FakeCUDAKernel
     from numba.cuda.simulator.kernelapi import FakeCUDAShared
 
-    from knnbench.kernels import cuda_linear, cuda_tiles
-
     assert numba.config.ENABLE_CUDASIM
-    cuda_tiles.THREADS, cuda_tiles.PER_THREAD, cuda_tiles.FEATURES, cuda_tiles.ROW_THREADS = 2, 2, 3, 4
-    cuda_linear.THREADS, cuda_linear.PER_THREAD, cuda_linear.CLASSES, cuda_linear.FEATURE_BYTES = 2, 2, 2, 16
+    compiled = cuda.jit
+    # It knows no options of compilers, and functions of the device are Python's.
+    cuda.jit = lambda device=False, **options: (lambda function: function) if device else compiled
+    device = types.SimpleNamespace(MULTIPROCESSOR_COUNT=MULTIPROCESSORS)
+    cuda.get_current_device = lambda: device
+    cuda.as_cuda_array = lambda array: array
     FakeCUDAShared.array = shared_array
+    FakeCUDAKernel._cache = types.SimpleNamespace()
     FakeCUDAArray.__cuda_array_interface__ = property(lambda self: self._ary.__array_interface__)
-    cuda_tiles.cuda.as_cuda_array = lambda array: array
+
+    from knnbench.kernels import cuda_intrinsics
+
+    assert {function.__name__ for function in STAND_INS} == {*cuda_intrinsics.__all__} - {"VECTOR_BYTES"}
+    for function in STAND_INS:
+        setattr(cuda_intrinsics, function.__name__, function)
+
+    from knnbench.kernels import cuda_launch, cuda_linear, cuda_tiles
+
+    cuda_launch.ROW_THREADS = 4
+    cuda_linear.THREADS, cuda_linear.PER_THREAD, cuda_linear.CLASSES, cuda_linear.FEATURE_BYTES = 2, 2, 2, 16
+    cuda_tiles.LANES_ACROSS, cuda_tiles.LANES_DOWN, cuda_tiles.WARPS_ACROSS, cuda_tiles.WARPS_DOWN = 2, 1, 1, 2
+    cuda_tiles.MERGING_THREADS, cuda_tiles.ROOM = 2, 8

@@ -12,10 +12,10 @@ import numpy as np
 from knnbench import interchange
 from knnbench.blocking import block_shape, slices
 from knnbench.dtypes import Array
-from knnbench.kernels import cuda_linear, cuda_tiles
-from knnbench.kernels.cuda_tiles import launch_rows, launch_tile
+from knnbench.kernels import cuda_linear, cuda_rows, cuda_tiles
+from knnbench.kernels.cuda_intrinsics import VECTOR_BYTES
+from knnbench.kernels.cuda_launch import launch_rows
 from knnbench.metrics import Space
-from knnbench.ordering import largest
 
 from .base import Backend, Capabilities, Native, Scan, float_operations
 from .linear import LinearLoss
@@ -23,10 +23,8 @@ from .upload import Lane, Uploader
 
 __all__ = ["NumbaCudaBackend"]
 
-# A block of this shape has tiles and queries enough for the largest current devices; its values take 256 MiB
-# in float32, and a small budget makes it smaller.
+# So many queries keep the largest current devices busy.
 MAX_QUERIES = 16_384
-MAX_CORPUS = 4_096
 
 # CUDA_ERROR_OUT_OF_MEMORY, of a `CudaAPIError`.
 OUT_OF_MEMORY = 2
@@ -36,13 +34,14 @@ cuda: Any = numba.cuda  # filled in at run time, so no type checker knows its na
 
 @dataclass(frozen=True, slots=True)
 class TileRows:
-    """Rows as the metric accumulates them, and their squared norms if the ranking looks at them.
+    """Rows as the kernels take them, and their squared norms if those are wanted.
 
     Attributes
     ----------
-    rows : (n, n_features) device array
-    norms : (n,) device array of float64
-        Of a single element, never read, where the ranking ignores norms.
+    rows : (n, width) device array
+        On addresses that 16 divides, each row filled up with zeros to whole vectors of 16 bytes.
+    norms : (n,) device array
+        Of a single element, never read, where no norms are wanted.
     """
 
     rows: Native
@@ -50,7 +49,7 @@ class TileRows:
 
 
 class NumbaCudaBackend(Backend):
-    """Every distance by the direct form, in tiles; selection by a heap for each query."""
+    """Search in tiles of registers, selection fused: floats by the direct form, bytes four at a time."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(device="cuda", certifies=True)
 
@@ -62,7 +61,7 @@ class NumbaCudaBackend(Backend):
         if array.dtype == dtype and array.is_c_contiguous():
             return array
         converted = cuda.device_array(array.shape, dtype)
-        launch_rows(cuda_tiles.convert, array.size, array, converted)
+        launch_rows(cuda_rows.convert, array.size, array, converted)
         return converted
 
     def uploader(self) -> Uploader:
@@ -86,59 +85,53 @@ class NumbaCudaBackend(Backend):
         """Look through the rows on the device, a thread for each."""
         n_rows = len(native)
         found = cuda.to_device(np.full(2, n_rows))
-        launch_rows(cuda_tiles.find_rows, n_rows, native, found)
+        launch_rows(cuda_rows.find_rows, n_rows, native, found)
         not_finite, all_zero = (row if row < n_rows else None for row in self.to_numpy(found).tolist())
         return Scan(not_finite if finite else None, all_zero if zero else None)
 
     def prepare(self, corpus: Native, space: Space) -> TileRows:
-        """Return the prepared rows with their norms."""
-        return self._take(corpus, self._workspace(len(corpus), space), space)
+        """Return the rows as the kernels take them; the corpus itself where that is how it is."""
+        return self._take(corpus, None, space)
 
     def pairwise(self, queries: Native, prepared: TileRows, space: Space, budget: int) -> Native:
         """Return all distances."""
         n_queries = len(queries)
         result = cuda.device_array((n_queries, len(prepared.rows)), space.output)
-        kernel = cuda_tiles.distance_tile(space)
-        step, _ = block_shape(n_queries, 1, budget=budget, per_pair=row_bytes(space), max_queries=MAX_QUERIES)
-        workspace = self._workspace(step, space)
+        per_query = row_bytes(queries, space)
+        step, _ = block_shape(n_queries, 1, budget=budget, per_pair=per_query, max_queries=MAX_QUERIES)
+        workspace = self._workspace(queries[:step], space)
         for rows in slices(n_queries, step):
             block = self._take(queries[rows], workspace, space)
-            launch_tile(kernel, block.rows, prepared.rows, block.norms, prepared.norms, 0, result[rows])
+            cuda_tiles.distances(space, block.rows, prepared.rows, (block.norms, prepared.norms), result[rows])
         return result
 
     def knn(self, queries: Native, prepared: TileRows, k: int, space: Space, budget: int) -> tuple[Native, Native]:
         """Return the k nearest."""
-        n_queries, n_corpus = len(queries), len(prepared.rows)
+        n_queries, n_corpus, parameters = len(queries), len(prepared.rows), cuda_tiles.parameters_of(space)
         values = cuda.device_array((n_queries, k), space.ranked)
         indices = cuda.device_array((n_queries, k), np.int64)
-        launch_rows(cuda_tiles.start_lists, n_queries, values, indices, largest(space.ranked))
-        kernel = cuda_tiles.ranked_tile(space)
-        step, width = block_shape(
-            n_queries,
-            n_corpus,
-            budget=budget,
-            per_pair=space.ranked.itemsize,
-            per_query=row_bytes(space),
-            max_queries=MAX_QUERIES,
-            max_corpus=MAX_CORPUS,
-        )
-        # One allocation for all tiles: numba frees a dropped array only some time later.
-        tiles, workspace = cuda.device_array(step * width, space.ranked), self._workspace(step, space)
+        n_parts, tiles = cuda_tiles.parts_of(min(n_queries, MAX_QUERIES), n_corpus, k, parameters)
+        list_bytes = k * (space.ranked.itemsize + indices.dtype.itemsize)
+        if n_parts > 1 and 2 * n_parts * list_bytes * min(n_queries, parameters.tile.edge) > budget:
+            n_parts, tiles = 1, -(-n_corpus // parameters.tile.edge)
+        # The lists of a single part are the answer.
+        per_query = row_bytes(queries, space) + (n_parts * list_bytes if n_parts > 1 else 0)
+        step, _ = block_shape(n_queries, 1, budget=budget, per_pair=per_query, max_queries=MAX_QUERIES)
+        # One allocation for all blocks: numba frees a dropped array only some time later.
+        workspace, n_lists = self._workspace(queries[:step], space), n_parts * step if n_parts > 1 else 0
+        of_parts = cuda.device_array((n_lists, k), space.ranked), cuda.device_array((n_lists, k), np.int64)
         for rows in slices(n_queries, step):
-            block, heaps, heap_rows = self._take(queries[rows], workspace, space), values[rows], indices[rows]
-            for columns in slices(n_corpus, width):
-                shape = columns.stop - columns.start, rows.stop - rows.start
-                tile = tiles[: shape[0] * shape[1]].reshape(shape)
-                # Corpus down and queries across, so that the threads of neighbouring queries read side by side.
-                launch_tile(kernel, prepared.rows, block.rows, prepared.norms, block.norms, columns.start, tile)
-                launch_rows(cuda_tiles.update_lists, shape[1], tile, columns.start, heaps, heap_rows)
-        launch_rows(cuda_tiles.sort_lists, n_queries, values, indices)
+            block, found = self._take(queries[rows], workspace, space), (values[rows], indices[rows])
+            lists = tuple(array[: n_parts * len(block.rows)] for array in of_parts) if n_parts > 1 else found
+            norms = block.norms, prepared.norms
+            cuda_tiles.search(parameters, block.rows, prepared.rows, norms, tiles, lists)
+            cuda_tiles.order(lists, *found)
         return values, indices
 
     def finish(self, ranked: Native, space: Space) -> Native:
         """Return the distances of ranked values."""
         distances = cuda.device_array(ranked.shape, space.output)
-        launch_rows(cuda_tiles.finish_values(space), ranked.size, ranked, distances)
+        cuda_tiles.finish(space, ranked, distances)
         return distances
 
     def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
@@ -161,21 +154,25 @@ class NumbaCudaBackend(Backend):
 
         return stop
 
-    def _workspace(self, n_rows: int, space: Space) -> TileRows:
+    def _workspace(self, rows: Native, space: Space) -> TileRows:
         """Return room for what `_take` makes of as many rows."""
-        rows = cuda.device_array((n_rows, space.n_features), space.dtype) if makes_unit_rows(space) else None
-        return TileRows(rows, cuda.device_array(n_rows if space.form.rank_uses_norms else 1, np.float64))
+        norms = cuda_tiles.parameters_of(space).norms
+        taken = cuda.device_array((len(rows), padded(space)), space.dtype) if is_copied(rows, space) else None
+        return TileRows(taken, cuda.device_array(len(rows) if norms else 1, norms or np.float64))
 
-    def _take(self, rows: Native, workspace: TileRows, space: Space) -> TileRows:
-        """Return rows as the metric accumulates them, with their norms, in a workspace of as many rows or more."""
-        n_rows, norms = len(rows), workspace.norms
-        if space.form.rank_uses_norms:
-            norms = norms[:n_rows]
-            launch_rows(cuda_tiles.squared_norms, n_rows, rows, norms)
-        if makes_unit_rows(space):
-            unprepared, rows = rows, workspace.rows[:n_rows]
-            launch_rows(cuda_tiles.unit_rows, n_rows, unprepared, rows)
-        return TileRows(rows, norms)
+    def _take(self, rows: Native, workspace: TileRows | None, space: Space) -> TileRows:
+        """Return rows as the kernels take them, in a workspace of as many rows or more, or one of their own."""
+        n_rows, room = len(rows), workspace or self._workspace(rows, space)
+        if is_copied(rows, space):
+            given, rows = rows, room.rows[:n_rows]
+            if makes_unit_rows(space):
+                launch_rows(cuda_rows.unit_rows, n_rows, given, rows)
+            else:
+                launch_rows(cuda_rows.convert, rows.size, given, rows)
+        if cuda_tiles.parameters_of(space).norms is None:
+            return TileRows(rows, room.norms)
+        launch_rows(cuda_rows.squared_norms, n_rows, rows, room.norms[:n_rows])
+        return TileRows(rows, room.norms[:n_rows])
 
 
 def makes_unit_rows(space: Space) -> bool:
@@ -183,10 +180,23 @@ def makes_unit_rows(space: Space) -> bool:
     return space.metric.unit_rows and not space.is_integer
 
 
-def row_bytes(space: Space) -> int:
-    """Return the bytes that a workspace takes for each row."""
-    norms = space.form.rank_uses_norms * np.dtype(np.float64).itemsize
-    return norms + makes_unit_rows(space) * space.n_features * space.dtype.itemsize
+def padded(space: Space) -> int:
+    """Return the length of a row that is filled up to whole vectors."""
+    multiple = cuda_tiles.parameters_of(space).row_multiple
+    return -(-space.n_features // multiple) * multiple
+
+
+def is_copied(rows: Native, space: Space) -> bool:
+    """Return whether the kernels cannot take rows as they are."""
+    address = rows.__cuda_array_interface__["data"][0]
+    return makes_unit_rows(space) or padded(space) != space.n_features or bool(address % VECTOR_BYTES)
+
+
+def row_bytes(rows: Native, space: Space) -> int:
+    """Return the bytes that a workspace for some rows takes for each; at least one."""
+    norms = cuda_tiles.parameters_of(space).norms
+    taken = padded(space) * space.dtype.itemsize if is_copied(rows, space) else 0
+    return max(1, taken + (norms.itemsize if norms else 0))
 
 
 class NumbaLane(Lane):

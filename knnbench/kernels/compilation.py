@@ -25,7 +25,7 @@ import numpy as np
 import platformdirs
 from numba.core import serialize
 
-__all__ = ["cache_directory", "cached_on_disk", "compile_cached"]
+__all__ = ["cache_directory", "cached_on_disk", "compile_cached", "described"]
 
 COMPILERS = ("numba", "llvmlite", "numba-cuda", "numpy")
 

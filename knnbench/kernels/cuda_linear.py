@@ -22,7 +22,7 @@ import numba
 import numba.cuda
 from numba import float64
 
-from knnbench.kernels import cuda_tiles
+from knnbench.kernels import cuda_launch
 
 __all__ = ["launch_losses", "sample_blocks"]
 
@@ -56,7 +56,7 @@ def launch_losses(dtype: Any, *args: Any) -> None:
     """
     kernel = _kernel(numba.from_dtype(dtype), FEATURE_BYTES // dtype.itemsize)
     n_models, n_blocks = args[-1].shape
-    cuda_tiles.launch(kernel, (n_blocks, n_models), (THREADS, 1), *args)
+    cuda_launch.launch(kernel, (n_blocks, n_models), THREADS, *args)
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def _kernel(real: Any, features: int) -> Any:
     # A column more than is used, against conflicts of banks, as in `knnbench.kernels.cuda_tiles`.
     padded = edge + 1
 
-    @cuda_tiles.compiled
+    @cuda_launch.compiled()
     def losses(X: Any, labels: Any, sample_weight: Any, weights: Any, intercepts: Any, sums: Any) -> None:
         # The simulator wants each shared array on a line of its own.
         samples = cuda.shared.array((features, padded), real)
