@@ -4,7 +4,7 @@ import operator
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
@@ -17,6 +17,7 @@ from knnbench.blocking import block_shape, check_budget, require_memory, slices
 from knnbench.checkpoint import Checkpoint, Progress, RowDigest, digest_of
 from knnbench.dtypes import Array, common_dtype, computed_dtype
 from knnbench.errors import CheckpointError, InvalidInputError, OverBudgetError, UnsupportedError
+from knnbench.exact_values import distances_of
 from knnbench.metrics import Metric, Space, get_metric
 from knnbench.ordering import merge_topk
 from knnbench.selection import Problem
@@ -38,10 +39,8 @@ CENTRE_ROWS, USUAL_CORPUS = 1024, 100_000
 # What the packed form of a corpus takes with its copy, in sizes of the rows; what merging an answer takes, in its size.
 PACKED_COPIES, MERGED_COPIES = 2, 4
 
-IS_FAST_ONLY = (
-    "has accuracy='exact' for uint8 only; for floats pass an array, a numpy.memmap or the path of a .npy file to knn, "
-    "without a checkpoint, or use accuracy='fast'."
-)
+# What the exact value of a neighbour takes, which is not known before.
+STRING_BYTES = 64
 
 # Bytes of a block of a streamed corpus at the most: it is read while another is searched, and more gains nothing.
 STREAM_BYTES = 1 << 28
@@ -275,8 +274,8 @@ def knn(
     accuracy : {"fast", "exact"}, optional
         That of a `Prepared` corpus, otherwise ``"fast"``: the backend's native arithmetic. ``"exact"``: the
         neighbours are those of exact arithmetic on the values, as they are in the dtype computed in, and float
-        distances are within one unit in the last place. Own backends have it for every dtype and metric;
-        `Neighbors.certificate` tells how it was proved. Floats must then be in memory or in one file.
+        distances are the exact ones, rounded. Own backends have it for every dtype and metric;
+        `Neighbors.certificate` tells how it was proved.
     checkpoint : path_like, optional
         A file that keeps what was found, written every 20 seconds or less often, and removed at the end. A search that
         was killed goes on from it when it is started again with the same arguments; a corpus given as an iterator is
@@ -329,16 +328,13 @@ def knn(
         backend = kept.header["job"].get("backend", backend)
     task = _enter(queries, corpus, check_count("k", k), metric, backend, accuracy, memory_budget, check_finite)
     k = check_k(k, task.prepared.shape[0]) if task.n_corpus is not None else k
-    if task.proves_floats:
-        task.unstream()
-        if kept is not None:
-            raise UnsupportedError(f"a checkpoint {IS_FAST_ONLY}")
+    if task.proves_floats and not task.is_streamed:
         with clear_when_full(task.engine, f"the exact search of {task.prepared.shape[0]:,} rows"):
             found = task.neighbors(*exact.search(task, k))
         if progress is not None:
             progress(task.prepared.shape[0], task.prepared.shape[0])
         return found
-    blocks, parts = task.query_blocks(k * (task.space.ranked.itemsize + 8)), task.corpus_parts()
+    blocks, parts = task.query_blocks(k * task.ranked_bytes), task.corpus_parts()
     ranked: Any
     indices: Any
     packed = task.packed_whole(parts[0]) if len(blocks) == len(parts) == 1 else None
@@ -348,9 +344,12 @@ def knn(
             progress(parts[0].stop, parts[0].stop)
     else:
         ranked, indices = _search(task, blocks, parts, k, progress, kept)
-        ranked = task.engine.to_native(ranked, ranked.dtype)
+        if not task.proves_floats:
+            ranked = task.engine.to_native(ranked, ranked.dtype)
     if kept is not None:
         kept.remove()
+    if task.proves_floats:
+        return task.neighbors(distances_of(task.space, ranked), indices, exact.joined(task.certificates))
     certificate = exact.Certificate("integers", float(k)) if task.accuracy == "exact" else None
     return task.neighbors(task.engine.finish(ranked, task.space), indices, certificate)
 
@@ -397,19 +396,19 @@ def search_block(
     (array([[1.]]), array([[101]]))
     """
     task = _enter(queries, block, check_count("k", k), metric, backend, accuracy, memory_budget, check_finite)
-    if task.proves_floats:
-        raise UnsupportedError(f"a search in blocks {IS_FAST_ONLY}")
     task.centre = centre
     k = min(k, task.prepared.shape[0])
-    ranked, indices = _search(
-        task, task.query_blocks(k * (task.space.ranked.itemsize + 8)), task.corpus_parts(), k, None, None
-    )
+    ranked, indices = _search(task, task.query_blocks(k * task.ranked_bytes), task.corpus_parts(), k, None, None)
     return ranked, indices + first
 
 
-def finish_ranked(ranked: Array, metric: str, dtype: Any, n_features: int, backend: str) -> Array:
+def finish_ranked(
+    ranked: Array, metric: str, dtype: Any, n_features: int, backend: str, accuracy: Accuracy = "fast"
+) -> Array:
     """Return the distances of the values that `search_block` ranked, and `merge_topk` merged."""
     engine, space = get_backend(backend), Space(get_metric(metric), np.dtype(dtype), n_features)
+    if accuracy == "exact" and not space.is_integer:
+        return distances_of(space, ranked)
     return engine.to_numpy(engine.finish(engine.to_native(ranked, ranked.dtype), space))
 
 
@@ -588,6 +587,7 @@ class _Task:
     centre: Array | None = None  # of the whole corpus, where it is searched in parts
     is_full: bool = False  # the device has no room for the whole corpus
     budget_left: int = 0
+    certificates: list[tuple[exact.Certificate, float]] = field(default_factory=list)  # of what was searched in blocks
 
     def __post_init__(self) -> None:
         self.budget_left = self.budget
@@ -602,18 +602,10 @@ class _Task:
         """Whether neighbours of floats are to be those of exact arithmetic."""
         return self.accuracy == "exact" and not self.space.is_integer
 
-    def unstream(self) -> None:
-        """Take the rows of a file as an array; raise `UnsupportedError` for blocks, of which no array is a part."""
-        if not self.is_streamed:
-            return
-        given = self.prepared.rows
-        if not isinstance(given, MappedStream):
-            raise UnsupportedError(f"a corpus in blocks {IS_FAST_ONLY}")
-        _check_values(given.rows, "corpus", self.engine, self.space.metric, self.check_finite)
-        prepared = self.prepared
-        self.prepared = Prepared(
-            given.rows, self.space.metric, prepared.backend, prepared.accuracy, prepared.passed_over
-        )
+    @property
+    def ranked_bytes(self) -> int:
+        """What a neighbour takes in a list that is merged."""
+        return 8 + (STRING_BYTES if self.proves_floats else self.space.ranked.itemsize)
 
     @property
     def n_corpus(self) -> int | None:
@@ -712,23 +704,26 @@ class _Task:
         Parameters
         ----------
         parts : list of slice
-            From `corpus_parts`.
+            From `corpus_parts`. Where each is searched exactly, its rows are yielded as they are.
         skip : int
         seen, expected : RowDigest and bytes
             Takes the rows in; and what it must give for those skipped.
         """
+        needs_centre = not self.proves_floats and self.centre is None
         if not self.is_streamed:
-            if self.centre is None and len(parts) > 1:
+            if needs_centre and len(parts) > 1:
                 self.centre = centre_of(self.prepared.rows, self.space)
             for part in parts:
-                packed = self.packed_whole(part)
-                if packed is None:
+                packed = None if self.proves_floats else self.packed_whole(part)
+                if self.proves_floats:
+                    yield part, self.prepared.rows[part]
+                elif packed is None:
                     yield from self._pieces(part.start, self.prepared.rows[part])
                 else:
                     yield part, packed
             return
         stream = self.prepared.rows
-        if self.centre is None and isinstance(stream, MappedStream):
+        if needs_centre and isinstance(stream, MappedStream):
             self.centre = centre_of(stream.rows, self.space)
         step = parts[0].stop
         reader = self._read(step, skip, seen, expected)
@@ -737,11 +732,13 @@ class _Task:
         with closing(reader) as blocks:
             for start, rows in blocks:
                 part = slice(start, start + len(rows))
-                if self.centre is None:
+                if needs_centre and self.centre is None:
                     self.centre = centre_of(rows, self.space)
                 if seen is not None:
                     seen.take(start, rows)
-                pieces = self._pieces(start, rows)
+                whole = iter([(slice(start, start + len(rows)), rows)])
+                pieces = whole if self.proves_floats else self._pieces(start, rows)
+                del whole
                 del rows
                 yield from pieces
                 del pieces
@@ -815,6 +812,17 @@ class _Task:
                 reason = one_line(error)
             # Out here, where the error and the arrays of its frames are gone.
             self.budget_left //= 2
+
+    def nearest(self, block: slice, packed: Any, k: int) -> tuple[Array, Array]:
+        """Return, on the host, what `knn` does, or for exact neighbours of floats their exact values and indices."""
+        if not self.proves_floats:
+            ranked, indices = self.knn(block, packed, k)
+            return self.engine.to_numpy(ranked), self.engine.to_numpy(indices)
+        queries = self.queries[block]
+        with clear_when_full(self.engine, f"the exact search of {len(packed):,} rows"):
+            ranked, indices, proof = exact.search_rows(self.engine, self.space, queries, packed, k, self.budget_left)
+        self.certificates.append((proof, len(queries) / len(self.queries)))
+        return ranked, indices
 
     def neighbors(self, distances: Native, indices: Native, certificate: exact.Certificate | None) -> Neighbors:
         """Return what `knn` does."""
@@ -952,22 +960,27 @@ def _search(
         task.centre, done, held = so_far.centre, so_far.done, so_far.indices.shape[1]
         ranked = np.empty(shape, so_far.ranked.dtype)
         ranked[:, :held], indices[:, :held] = so_far.ranked, so_far.indices
+        if so_far.certificate is not None:
+            task.certificates.append((exact.Certificate(*so_far.certificate), 1.0))
     for part, packed in task.packed_parts(parts, done, seen, so_far.seen if so_far else b""):
         width = min(k, part.stop - part.start)
         total = min(k, held + width)
         for block in blocks:
-            values, columns = (task.engine.to_numpy(native) for native in task.knn(block, packed, width))
+            values, columns = task.nearest(block, packed, width)
             columns = columns + part.start
-            # Of the dtype that comes: a peer ranks by its own distances.
-            ranked = np.empty(shape, values.dtype) if ranked is None else ranked
             if held:
+                assert ranked is not None
                 values, columns = merge_topk((ranked[block, :held], indices[block, :held]), (values, columns), k)
+            # Of the dtype that comes: a peer ranks by its own distances, and exact values may become longer.
+            ranked = np.empty(shape, values.dtype) if ranked is None else ranked
+            ranked = ranked.astype(np.result_type(ranked, values), copy=False)
             ranked[block, :total], indices[block, :total] = values, columns
         del packed
         held, done = total, part.stop
         assert ranked is not None
         if kept is not None and seen is not None:
-            kept.save(Progress(done, ranked[:, :held], indices[:, :held], task.centre, seen.value))
+            proof = astuple(exact.joined(task.certificates)) if task.certificates else None
+            kept.save(Progress(done, ranked[:, :held], indices[:, :held], task.centre, seen.value, proof))
         if progress is not None:
             progress(done, task.n_corpus)
     if held < k:
@@ -1030,7 +1043,11 @@ def _knn_in_groups(
     if not found:
         raise InvalidInputError("queries has no rows in its blocks; expected at least one.")
     distances, indices = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    return Neighbors(distances, indices, backend=found[0].backend, passed_over=found[0].passed_over)
+    proofs = [(each.certificate, len(each.indices) / len(indices)) for each in found if each.certificate]
+    return Neighbors(
+        distances, indices, backend=found[0].backend, certificate=exact.joined(proofs) if proofs else None,
+        passed_over=found[0].passed_over,
+    )  # fmt: skip
 
 
 def _check_agrees(prepared: Prepared, metric: str | None, backend: str) -> None:

@@ -21,7 +21,7 @@ from knnbench.errors import CheckpointError
 
 __all__ = ["STRIDE", "Checkpoint", "Progress", "RowDigest", "digest_of"]
 
-SCHEMA = 1
+SCHEMA = 2
 MAGIC = b"knnbench checkpoint\n"
 DIGEST_BYTES = 32
 
@@ -73,6 +73,8 @@ class Progress:
         About which floats are centred.
     seen : bytes
         `RowDigest.value` of the rows searched.
+    certificate : tuple or None
+        The fields of a `knnbench.exact.Certificate` for them, if they were searched exactly.
     """
 
     done: int
@@ -80,6 +82,7 @@ class Progress:
     indices: Array
     centre: Array | None = None
     seen: bytes = b""
+    certificate: tuple[Any, ...] | None = None
 
 
 class Checkpoint:
@@ -153,6 +156,7 @@ class Checkpoint:
             "job": self._job,
             "done": progress.done,
             "seen": progress.seen.hex(),
+            "certificate": progress.certificate,
             "arrays": [[array.dtype.str, list(array.shape)] for array in arrays],
         }
         new = self.path.with_name(self.path.name + ".new")
@@ -201,10 +205,12 @@ class Checkpoint:
         self._body = memoryview(b"")
         if not self.header["done"]:
             return None
-        ranked, indices, *centre = arrays
+        (ranked, indices, *centre), header = arrays, self.header
+        proof = header["certificate"]
         return Progress(
-            self.header["done"], ranked, indices, centre[0] if centre else None, bytes.fromhex(self.header["seen"])
-        )
+            header["done"], ranked, indices, centre[0] if centre else None, bytes.fromhex(header["seen"]),
+            None if proof is None else tuple(proof),
+        )  # fmt: skip
 
 
 def _bytes_of(array: Array) -> Any:

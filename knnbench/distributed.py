@@ -5,9 +5,9 @@ of the whole corpus (`knnbench.api.search_block`); a tree of merges (`knnbench.o
 The merge is associative, commutative and idempotent, so that lost workers, retries and tasks that ran twice change no
 bit of the answer.
 
-Who computes must not matter either. On uint8 every own backend gives the same, and each worker takes the fastest of its
-machine. With floats, of which only ``accuracy="fast"`` is there, the job names one backend, one level of vector
-instructions that all workers have, one number of threads a task and one centre, for all tasks.
+Who computes must not matter either. On uint8, and with ``accuracy="exact"``, every own backend gives the same, and each
+worker takes the fastest of its machine. With floats and ``accuracy="fast"`` the job names one backend, one level of
+vector instructions that all workers have, one number of threads a task and one centre, for all tasks.
 
 Dask is loaded on use; ``pip install 'knnbench[distributed]'``.
 """
@@ -16,7 +16,7 @@ import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Self
 
@@ -25,7 +25,6 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 
 from knnbench import interchange, selection
 from knnbench.api import (
-    IS_FAST_ONLY,
     Accuracy,
     Neighbors,
     as_rows,
@@ -60,8 +59,6 @@ SPLIT_EVERY = 8
 
 LARGE_GRAPH = "distributed.admin.large-graph-warning-threshold"
 
-LARGE_GRAPH = "distributed.admin.large-graph-warning-threshold"
-
 # Shards of which rows are taken for the centre.
 CENTRE_SHARDS = 8
 
@@ -82,7 +79,7 @@ class Job:
     n_features : int
     accuracy : {"fast", "exact"}
     backend : str
-        ``"auto"``: each worker takes its fastest, which may be for uint8 only.
+        ``"auto"``: each worker takes its fastest, if all give the same.
     settings : dict of str to str
         Variables that each task holds: its number of threads, and the level of vector instructions.
     memory_budget : int
@@ -105,10 +102,17 @@ class Job:
         """The metric on rows of this dtype and length."""
         return Space(get_metric(self.metric), np.dtype(self.dtype), self.n_features)
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether tasks must compute alike, or answers would depend on who computes."""
+        return self.accuracy == "fast" and not self.space.is_integer
+
     def search(self, queries: Array, shard: Array, first: int, name: str, centre: Array | None = None) -> List:
         """Return the neighbours of queries in a shard, of whose rows `first` is the first in the corpus."""
         if len(shard) == 0:
-            return np.empty((len(queries), 0), self.space.ranked), np.empty((len(queries), 0), np.int64)
+            # Exact values of floats are strings of bytes; any merge with others makes them as long as those.
+            ranked = self.space.ranked if self.is_pinned or self.space.is_integer else np.dtype("S1")
+            return np.empty((len(queries), 0), ranked), np.empty((len(queries), 0), np.int64)
         try:
             backend = self.backend
             if backend == "auto" and not interchange.on_device(shard):
@@ -129,7 +133,8 @@ class Job:
     def finish(self, merged: List) -> List:
         """Return distances and indices of a list that is complete."""
         backend = self.backend if self.backend != "auto" else "numpy"
-        return finish_ranked(merged[0], self.metric, self.dtype, self.n_features, backend), merged[1]
+        distances = finish_ranked(merged[0], self.metric, self.dtype, self.n_features, backend, self.accuracy)
+        return distances, merged[1]
 
 
 @functools.lru_cache(maxsize=256)
@@ -170,9 +175,9 @@ def knn(
 ) -> Neighbors:
     """Find the k nearest rows of a Dask corpus for each query, by looking at all of them, where they are.
 
-    The answer is that of `knnbench.knn`, and for uint8 it is the same to the bit whatever the chunks, the workers and
-    what happens to them. For floats it is the same whoever computes which task, as long as the chunks are the same;
-    ``accuracy="exact"`` is not there for them.
+    The answer is that of `knnbench.knn`, and for uint8 and with ``accuracy="exact"`` it is the same to the bit whatever
+    the chunks, the workers and what happens to them. For other floats it is the same whoever computes which task, as
+    long as the chunks are the same.
 
     Parameters
     ----------
@@ -187,8 +192,8 @@ def knn(
     metric, accuracy, check_finite
         As for `knnbench.knn`.
     backend : str
-        An own backend, or ``"auto"``: the fastest of each worker on uint8, and for floats the one that is estimated to
-        be the fastest on this machine, for all workers.
+        An own backend, or ``"auto"``: the fastest of each worker, but for floats with ``accuracy="fast"`` the one that
+        is estimated to be the fastest on this machine, for all workers.
     memory_budget : int, optional
         Bytes that a task may hold beyond its shard, its queries and its list; default ``$KNNBENCH_MEMORY_BUDGET`` of
         this process, else 1 GiB.
@@ -203,7 +208,7 @@ def knn(
     Returns
     -------
     Neighbors
-        The pair ``distances, indices``, (n_queries, k) arrays.
+        The pair ``distances, indices``, (n_queries, k) arrays. Without a certificate: how often tasks ran is not known.
 
     Raises
     ------
@@ -422,10 +427,11 @@ def _job(
     dtype, name = common_dtype(queries.dtype, corpus.dtype), get_metric(metric).name
     space = Space(get_metric(metric), dtype, corpus.shape[1])
     settings = {THREADS_VARIABLE: str(check_count("threads", threads))}
-    is_pinned = not space.is_integer
-    if check_accuracy(accuracy) == "exact" and is_pinned:
-        raise UnsupportedError(f"a search on Dask {IS_FAST_ONLY}")
-    if backend == "auto" and is_pinned:
+    job = Job(
+        k, name, dtype.name, space.n_features, check_accuracy(accuracy), backend, settings,
+        check_budget(memory_budget), check_finite,
+    )  # fmt: skip
+    if backend == "auto" and job.is_pinned:
         rows = max(corpus.chunks[0]), min(QUERY_ROWS, queries.shape[0])
         data_on = "device" if interchange.on_device(corpus._meta) else "host"
         problem = Problem("knn", rows[1], rows[0], space.n_features, min(k, rows[0]), name, dtype.name, data_on)
@@ -440,7 +446,7 @@ def _job(
                 f"backend {backend!r} does not keep the total order (distance, index), by which lists are merged; "
                 f"expected an own backend."
             )
-    if is_pinned:
+    if job.is_pinned:
         levels = cluster.each(_levels, backend)
         if setting(LEVEL_VARIABLE) and levels[0]:
             levels.append((setting(LEVEL_VARIABLE),))
@@ -452,9 +458,7 @@ def _job(
             )
         if shared:
             settings[LEVEL_VARIABLE] = shared[0]
-    return Job(
-        k, name, dtype.name, space.n_features, accuracy, backend, settings, check_budget(memory_budget), check_finite
-    )
+    return replace(job, backend=backend, settings=settings)
 
 
 def _levels(backend: str) -> tuple[str, ...]:
@@ -479,7 +483,7 @@ def _lists(job: Job, queries: Any, corpus: Any, cluster: _Cluster, dask: Any) ->
     starts = np.cumsum((0, *corpus.chunks[0]))
     space = job.space
     centre = None
-    if not space.is_integer:
+    if job.is_pinned:
         chosen = shards[:: -(-len(shards) // CENTRE_SHARDS)]
         sample = dask.delayed(_sample, pure=True)
         centre = dask.delayed(_centre, pure=True)([sample(shard, space) for shard in chosen])

@@ -89,8 +89,8 @@ def root(a: Double) -> Double:
     return two_sum(first, step)
 
 
-def one_minus_cosine(dot: Double, first: Double, second: Double) -> tuple[Floats, Floats, Floats]:
-    """Return ``1 - dot / sqrt(first * second)``, rounded.
+def one_minus_cosine(dot: Double, first: Double, second: Double) -> tuple[Double, Floats, Floats]:
+    """Return ``1 - dot / sqrt(first * second)``.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def one_minus_cosine(dot: Double, first: Double, second: Double) -> tuple[Floats
 
     Returns
     -------
-    result : array of float64
+    result : Double
     share : array of float64
         How much of the operands' digits is left of it: their relative error, divided by it, is that of the result.
     length : array of float64
@@ -116,4 +116,5 @@ def one_minus_cosine(dot: Double, first: Double, second: Double) -> tuple[Floats
     far = divide(add(length, negative(dot)), length)
     is_near = dot.high > 0
     share = np.where(is_near, difference.high / norms.high / 8, 1 / 8)
-    return np.where(is_near, near.high, far.high), share, length.high
+    result = Double(np.where(is_near, near.high, far.high), np.where(is_near, near.low, far.low))
+    return result, share, length.high

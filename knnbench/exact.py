@@ -11,6 +11,8 @@
 4. What float64 cannot put in order is put in order by exact arithmetic (`knnbench.exact_values`). Of equal values the
    smaller index comes first.
 
+Of a corpus in blocks, each is searched so, and gives its neighbours with their exact values, by which lists are merged.
+
 Bad data for a bound only ever send more queries to the slower steps.
 
 References
@@ -20,6 +22,7 @@ arithmetic and fast robust geometric predicates, Discrete & Computational Geomet
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,11 +34,11 @@ from knnbench.blocking import block_shape, chunk_rows, slices
 from knnbench.bounds import Floats
 from knnbench.dtypes import Array
 from knnbench.exact_values import Values, degree
-from knnbench.metrics import Space, square_root
+from knnbench.metrics import Space
 from knnbench.threads import limited_blas
 from knnbench.underflow import gradual_underflow
 
-__all__ = ["Certificate", "search"]
+__all__ = ["Certificate", "joined", "search", "search_rows"]
 
 # Candidates beyond k, and for so many of k one more. On ordinary data the last of them lies farther from the k-th than
 # any bound; the queries for which it does not are searched again.
@@ -54,6 +57,8 @@ WIDE_QUERIES = 64
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """How an exact answer was proved.
+
+    Of a corpus that was searched in blocks, what is counted is the sum over all blocks.
 
     Attributes
     ----------
@@ -76,6 +81,18 @@ class Certificate:
     bound: float = 0.0
     searched_again: int = 0
     settled: int = 0
+
+
+def joined(certificates: Iterable[tuple[Certificate, float]]) -> Certificate:
+    """Return the certificate of an answer that was found in pieces, each with its share of the queries."""
+    pieces, shares = zip(*certificates, strict=True)
+    return Certificate(
+        pieces[0].filter,
+        sum(piece.candidates * share for piece, share in zip(pieces, shares, strict=True)),
+        max(piece.bound for piece in pieces),
+        sum(piece.searched_again for piece in pieces),
+        sum(piece.settled for piece in pieces),
+    )
 
 
 class Task(Protocol):
@@ -119,23 +136,60 @@ def search(task: Task, k: int) -> tuple[Array, Array, Certificate]:
     -----
     Rows on a device are copied to the host as a whole, beyond the memory budget.
     """
+    return _search(task, k, Values.distances)
+
+
+def search_rows(
+    engine: Backend, space: Space, queries: Any, rows: Any, k: int, budget: int
+) -> tuple[Array, Array, Certificate]:
+    """Return exact values and indices of the k nearest of some rows of a corpus: lists that can be merged.
+
+    Parameters
+    ----------
+    engine : Backend
+        With `Capabilities.certifies`.
+    space : Space
+        Of floats.
+    queries, rows : (n, n_features) arrays
+    k : int
+    budget : int
+        Bytes.
+
+    Returns
+    -------
+    strings : (n_queries, k) array of bytes
+        By `knnbench.exact_values.Values.strings`, which `knnbench.exact_values.distances_of` takes.
+    indices : (n_queries, k) array of int64
+    certificate : Certificate
+    """
+
+    def strings(values: Values, i: Array, j: Array, approximate: Floats) -> Array:
+        return values.strings(i, j)
+
+    return _search(_Rows(engine, space, queries, _Corpus(rows), budget), k, strings)
+
+
+# Takes values, queries, corpus rows and the values in float64, and gives what is answered for these pairs.
+Answer = Callable[[Values, Array, Array, Floats], Array]
+
+
+def _search(task: Task, k: int, answer: Answer) -> tuple[Array, Array, Certificate]:
     with gradual_underflow() as was_flushed:
         # Other threads may go on flushing. All bounds hold for that, except of unit length: scaling loses what was
         # flushed.
-        return _search(task, k, trusts_filter=not (was_flushed and task.space.metric.unit_rows))
+        return _nearest(task, k, answer, trusts_filter=not (was_flushed and task.space.metric.unit_rows))
 
 
-def _search(task: Task, k: int, *, trusts_filter: bool) -> tuple[Array, Array, Certificate]:
+def _nearest(task: Task, k: int, answer: Answer, *, trusts_filter: bool) -> tuple[Array, Array, Certificate]:
     n_queries, n_corpus = len(task.queries), task.prepared.shape[0]
     count = min(k + SPARE + k // SPARE_SHARE, n_corpus)
     blocks, parts = task.query_blocks(16 * count), task.corpus_parts()
-    task = _in_range(task)
+    task, exponent = _in_range(task)
     share = task.budget_left // 4
     task.budget_left -= share
     step, _ = block_shape(n_queries, 1, budget=share // 2, per_pair=CANDIDATE_BYTES * count, max_queries=n_queries)
-    values = Values(task.space, task.queries, task.prepared.rows, share // 2)
-    distances, indices = np.empty((n_queries, k), task.space.output), np.empty((n_queries, k), np.int64)
-    facts = []
+    values = Values(task.space, task.queries, task.prepared.rows, share // 2, exponent)
+    answers, indices, facts = [], np.empty((n_queries, k), np.int64), []
     for block in slices(n_queries, step):
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # where it happens, nothing is proved by it
             selected = _select(task, block, blocks[0].stop, parts, count, values)
@@ -143,21 +197,14 @@ def _search(task: Task, k: int, *, trusts_filter: bool) -> tuple[Array, Array, C
             selected.floor[:] = -np.inf
         indices[block], approximate, fact = _prove(selected, block, k, values)
         owners = np.repeat(np.arange(block.start, block.stop), k)
-        distances[block] = values.distances(owners, indices[block].ravel(), approximate.ravel()).reshape(-1, k)
-        facts.append(fact)
-    certificate = Certificate(
-        facts[0].filter,
-        sum(fact.candidates for fact in facts) / n_queries,
-        max(fact.bound for fact in facts),
-        sum(fact.searched_again for fact in facts),
-        sum(fact.settled for fact in facts),
-    )
-    return (task.unscaled(distances) if isinstance(task, _Scaled) else distances), indices, certificate
+        answers.append(answer(values, owners, indices[block].ravel(), approximate.ravel()))
+        facts.append((fact, 1 / n_queries))
+    return np.concatenate(answers).reshape(-1, k), indices, joined(facts)
 
 
 @dataclass(slots=True)
 class _Corpus:
-    rows: Array
+    rows: Any
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -166,15 +213,14 @@ class _Corpus:
 
 
 @dataclass(slots=True)
-class _Scaled:
-    """A task on rows multiplied by a power of two."""
+class _Rows:
+    """A task on rows that are packed for it."""
 
     engine: Backend
     space: Space
-    queries: Array
+    queries: Any
     prepared: _Corpus
     budget_left: int
-    scale: float
 
     def query_blocks(self, answer_bytes: int) -> list[slice]:
         """Return one block."""
@@ -192,18 +238,10 @@ class _Scaled:
         """Return a part of the corpus in the backend's own form."""
         return self.engine.prepare(self.engine.to_native(self.prepared.rows[part], self.space.dtype), self.space)
 
-    def unscaled(self, distances: Array) -> Array:
-        """Return the distances of the rows as they were given."""
-        form, result = self.space.form, distances.astype(np.float64)
-        with np.errstate(over="ignore", under="ignore"):
-            for _ in range(1 if form.finish is square_root else degree(form.accumulate)):
-                result /= self.scale
-            return result.astype(self.space.output)
 
-
-def _in_range(task: Task) -> Task:
-    """Return a task on rows so scaled that no square leaves the range of the dtype; as it is where that changes
-    nothing.
+def _in_range(task: Task) -> tuple[Task, int]:
+    """Return a task on rows so scaled that no square leaves the range of the dtype, and the power of two by which its
+    values are those of the rows as given; the same task where scaling changes nothing.
 
     The power of two is chosen by some rows; if it is not exact for all, or the budget too small for the copies, the
     task is left to the slower steps.
@@ -215,13 +253,14 @@ def _in_range(task: Task) -> Task:
     n_bytes = sum(len(rows) for rows in given) * task.space.n_features * task.space.dtype.itemsize
     is_needed = abs(exponent) > limit and 0 < largest < math.inf and not task.space.metric.unit_rows
     if not is_needed or n_bytes > task.budget_left // 2:
-        return task
+        return task, 0
     # A power of two above the range would be needed for the smallest numbers; a smaller one will do.
-    scale = math.ldexp(1.0, max(-3 * limit + 8, min(3 * limit - 8, -exponent)))
-    queries, corpus = (_times(rows, scale, 2.0**limit, task.space) for rows in given)
+    power = max(-3 * limit + 8, min(3 * limit - 8, -exponent))
+    queries, corpus = (_times(rows, math.ldexp(1.0, power), 2.0**limit, task.space) for rows in given)
     if queries is None or corpus is None:
-        return task
-    return _Scaled(task.engine, task.space, queries, _Corpus(corpus), task.budget_left - n_bytes, scale)
+        return task, 0
+    scaled = _Rows(task.engine, task.space, queries, _Corpus(corpus), task.budget_left - n_bytes)
+    return scaled, -power * degree(task.space.form.accumulate)
 
 
 def _times(rows: Any, scale: float, most: float, space: Space) -> Array | None:

@@ -19,9 +19,10 @@ from knnbench.bounds import Floats, interval
 from knnbench.dtypes import Array
 from knnbench.errors import InvalidInputError
 from knnbench.metrics import Space, add_product, square_root
+from knnbench.sortable import binary_from, binary_string, fraction_from, fraction_string
 from knnbench.threads import run_tasks, thread_count
 
-__all__ = ["Values", "whole_values"]
+__all__ = ["Values", "distances_of", "whole_values"]
 
 # Elements of rows that are converted at once, where kernels cannot read them as they lie.
 PIECE_ELEMENTS = 1 << 20
@@ -41,9 +42,10 @@ SMALLEST, LARGEST = 2.0**-800, 2.0**1000
 # Rows that show how all may be, and queries from which it pays to look at all.
 SAMPLE, MANY_QUERIES = 256, 16
 
-# A float64 value as near as this to the exact one rounds to the same float32 or to its neighbour; and the first
-# component of an expansion, of which so much may be lost, is the nearest float64 or its neighbour.
-NEAR_SINGLE, NEAR_DOUBLE = 2.0**-27, 2.0**-60
+# A cosine distance that is not as near as this to the exact one is computed from whole numbers.
+NEAR = 2.0**-60
+
+SMALLEST_NORMAL = float(np.finfo(np.float64).tiny)
 
 
 class Rows:
@@ -67,6 +69,11 @@ class Rows:
         unique, places = np.unique(index, return_inverse=True)
         return self._converted(self._rows[unique]), places
 
+    def taken(self, index: Array) -> Array:
+        """Return a copy of the rows that `index` names."""
+        rows, places = self.at(index)
+        return rows[places]
+
     def part(self, rows: slice) -> Array:
         """Return rows that lie together."""
         return self._rows[rows] if self._is_plain else self._converted(self._rows[rows])
@@ -87,6 +94,8 @@ class Values:
         As they were given.
     budget : int
         Bytes to be held at the most; one query whose distances to all rows are equal may take more.
+    exponent : int
+        What distances and strings are of is the value times two to this power: of rows that were scaled.
 
     Attributes
     ----------
@@ -94,8 +103,8 @@ class Values:
         Queries that `nearest` may be asked for together.
     """
 
-    def __init__(self, space: Space, queries: Any, corpus: Any, budget: int) -> None:
-        self._space, self._budget = space, budget
+    def __init__(self, space: Space, queries: Any, corpus: Any, budget: int, exponent: int = 0) -> None:
+        self._space, self._budget, self._exponent = space, budget, exponent
         self._queries, self._corpus = Rows(queries, space.dtype), Rows(corpus, space.dtype)
         self._is_exact = False  # whether float64 values are
         self._was_searched = False
@@ -214,7 +223,10 @@ class Values:
         return nearest, found, len(close)
 
     def distances(self, i: Array, j: Array, values: Floats) -> Array:
-        """Return the distances of pairs whose values in float64 are given, rounded to the dtype of the answer.
+        """Return the distances of pairs whose values in float64 are given.
+
+        The exact distance is rounded to float64 and, if that is the dtype of the answer, to float32: it is the same
+        however it was found.
 
         Parameters
         ----------
@@ -268,18 +280,20 @@ class Values:
 
     def _ranks_of_cosines(self, i: Array, j: Array, parts: list[slice]) -> Iterator[Array]:
         for part in parts:
-            products, norms = self._products(i[part], j[part])
+            products, norms = self._products(
+                (self._queries, i[part], self._corpus, j[part]), (self._corpus, j[part], self._corpus, j[part])
+            )
             yield ranks_of([Cosine(product, norm) for product, norm in zip(products, norms, strict=True)])
 
-    def _products(self, i: Array, j: Array) -> tuple[list[int], list[int]]:
-        """Return the dot products of pairs, and the squared norms of the corpus rows, in one unit for all."""
-        dots, lost = self._expansions(self._queries, i, self._corpus, j, MANY_COMPONENTS, add_product)
-        norms, lost_too = self._expansions(self._corpus, j, self._corpus, j, MANY_COMPONENTS, add_product)
-        if (lost == 0).all() and (lost_too == 0).all():
-            return whole_numbers(dots), whole_numbers(norms)
-        queries, corpus = self._pair_rows(i, j)
-        both = whole_values(add_product, np.concatenate([queries, corpus]), np.concatenate([corpus, corpus]))[0]
-        return both[: len(i)], both[len(i) :]
+    def _products(self, *pairs: tuple["Rows", Array, "Rows", Array]) -> list[list[int]]:
+        """Return the dot products of pairs of rows, each given as (left, i, right, j), in one unit for all."""
+        expansions = [self._expansions(*pair, MANY_COMPONENTS, add_product) for pair in pairs]
+        if all((lost == 0).all() for _, lost in expansions):
+            return [whole_numbers(found) for found, _ in expansions]
+        left = np.concatenate([rows.taken(i) for rows, i, _, _ in pairs])
+        right = np.concatenate([rows.taken(j) for _, _, rows, j in pairs])
+        numbers, _ = whole_values(add_product, left, right)
+        return [numbers[part] for part in slices(len(numbers), len(pairs[0][1]))]
 
     def _whole(self, i: Array, j: Array) -> tuple[list[int], int]:
         """Return the values of pairs as whole numbers, and the exponent of the power of two that they are multiples
@@ -288,12 +302,7 @@ class Values:
         many, lost = self._expansions(self._queries, i, self._corpus, j, MANY_COMPONENTS, accumulate)
         if (lost == 0).all():
             return whole_numbers(many), UNIT_EXPONENT
-        return whole_values(accumulate, *self._pair_rows(i, j))
-
-    def _pair_rows(self, i: Array, j: Array) -> tuple[Array, Array]:
-        queries, rows = self._queries.at(i)
-        corpus, columns = self._corpus.at(j)
-        return queries[rows], corpus[columns]
+        return whole_values(accumulate, self._queries.taken(i), self._corpus.taken(j))
 
     def _expansions(
         self, left: Rows, i: Array, right: Rows, j: Array, components: int, accumulate: Callable[..., Any]
@@ -310,37 +319,42 @@ class Values:
         return result, lost
 
     def _distances(self, i: Array, j: Array, values: Floats) -> Array:
+        result, left = np.empty(len(i), self._space.output), np.arange(len(i))
+        from_pairs = self._from_dots if self._space.metric.unit_rows else self._from_expansions
         with np.errstate(over="ignore", invalid="ignore", under="ignore", divide="ignore"):
             if self._space.output == np.float32:
                 result, good = self._from_intervals(values)
-            elif self._space.metric.unit_rows:
-                result, good = self._from_dots(i, j)
-            else:
-                result, good = self._from_expansions(i, j)
-        for p in np.nonzero(~good)[0]:
-            result[p] = self._distance(i[p : p + 1], j[p : p + 1])
+                left = np.nonzero(~good)[0]
+            if len(left):
+                found, good = from_pairs(i[left], j[left])
+                # Among subnormal numbers a power of two rounds once more.
+                good &= (np.abs(found) >= SMALLEST_NORMAL) | (found == 0)
+                result[left], left = found, left[~good]
+            for p in left:
+                result[p] = self._exact_distance(i[p : p + 1], j[p : p + 1])
         return result
 
     def _from_intervals(self, values: Floats) -> tuple[Array, Array]:
-        """Return distances in float32 from values in float64, and which are as near as they must be."""
+        """Return distances in float32 from values in float64, and which are certain."""
         low, high = self.interval(values)
-        result, least, most = (self._space.form.finish(np, x).astype(np.float32) for x in (values, low, high))
-        return result, (least == most) | (high - low <= NEAR_SINGLE * low)
+        result, least, most = (
+            self._unscaled(self._space.form.finish(np, x)).astype(np.float32) for x in (values, low, high)
+        )
+        return result, least == most
 
     def _from_expansions(self, i: Array, j: Array) -> tuple[Array, Array]:
-        """Return distances in float64 from two components, and which are as near as they must be."""
-        form = self._space.form
-        few, lost = self._expansions(self._queries, i, self._corpus, j, FEW_COMPONENTS, form.accumulate)
-        high, low = few[:, 0], few[:, 1]
-        good = (lost <= NEAR_DOUBLE * high) & (high >= SMALLEST) & (high <= LARGEST)
-        good |= (high == 0) & (lost == 0)
-        if form.finish is square_root:
-            return double_double.root(double_double.Double(high, low)).high, good
-        return form.finish(np, high), good
+        """Return distances in float64 from two components, and which are certain."""
+        few, lost = self._expansions(self._queries, i, self._corpus, j, FEW_COMPONENTS, self._space.form.accumulate)
+        value = double_double.Double(few[:, 0], few[:, 1])
+        within, is_zero = (value.high >= SMALLEST) & (value.high <= LARGEST), (value.high == 0) & (lost == 0)
+        if self._space.form.finish is square_root:
+            error = double_double.ERROR + lost / value.high
+            value = double_double.root(value)
+            lost = value.high * error
+        return self._unscaled(value.high), is_zero | (within & is_rounded(value, lost))
 
     def _from_dots(self, i: Array, j: Array) -> tuple[Array, Array]:
-        """Return cosine distances in float64 from two components of the products, and which are as near as they must
-        be."""
+        """Return cosine distances in float64 from two components of the products, and which are certain."""
         dots, lost_dots = self._expansions(self._queries, i, self._corpus, j, FEW_COMPONENTS, add_product)
         of_corpus, lost_corpus = self._expansions(self._corpus, j, self._corpus, j, FEW_COMPONENTS, add_product)
         unique, places = np.unique(i, return_inverse=True)
@@ -354,19 +368,57 @@ class Values:
         within = (np.minimum(queries.high, corpus.high) >= SMALLEST) & (
             np.maximum(queries.high, corpus.high) <= 2.0**500
         )
-        return result, within & (lost + double_double.ERROR <= NEAR_DOUBLE * share)
+        within &= lost + double_double.ERROR <= NEAR * share
+        return result.high, within & is_rounded(result, result.high * (lost + double_double.ERROR) / share)
 
-    def _distance(self, i: Array, j: Array) -> float:
-        """Return the distance of one pair from whole numbers, rounded once in float64."""
-        if not self._space.metric.unit_rows:
-            (value,), exponent = self._whole(i, j)
-            is_rooted = self._space.form.finish is square_root
-            return root_of(value, exponent) if is_rooted else scaled(value, exponent)
-        queries, corpus = self._pair_rows(i, j)
-        (dot, of_query, of_corpus), _ = whole_values(
-            add_product, np.concatenate([queries, queries, corpus]), np.concatenate([corpus, queries, corpus])
-        )
-        return one_minus_cosine(dot, of_query * of_corpus)
+    def _unscaled(self, distances: Any) -> Any:
+        """Return distances of the rows before they were scaled."""
+        return np.ldexp(distances, self._exponent // (2 if self._space.form.finish is square_root else 1))
+
+    def strings(self, i: Array, j: Array) -> Array:
+        """Return the exact values of pairs as strings of bytes, in whose order they are nearest: `distances_of` has
+        them as distances.
+
+        Of cosine it is ``1 - c |c|``, c the cosine.
+
+        Parameters
+        ----------
+        i, j : (n_pairs,) arrays of int64
+
+        Returns
+        -------
+        (n_pairs,) array of bytes
+        """
+        found: list[bytes] = []
+        for some in slices(len(i), self._pairs):
+            found += self._strings(i[some], j[some])
+        return np.array(found)
+
+    def _strings(self, i: Array, j: Array) -> list[bytes]:
+        if self._space.metric.unit_rows:
+            return [fraction_string(*fraction) for fraction in self._fractions(i, j)]
+        few, lost = self._expansions(self._queries, i, self._corpus, j, FEW_COMPONENTS, self._space.form.accumulate)
+        result = [b""] * len(i)
+        for some, numbers, exponent in (
+            (good := np.nonzero(lost == 0)[0], whole_numbers(few[good]), UNIT_EXPONENT),
+            (left := np.nonzero(lost != 0)[0], *self._whole(i[left], j[left])),
+        ):
+            for p, number in zip(some.tolist(), numbers, strict=True):
+                result[p] = binary_string(number, exponent + self._exponent)
+        return result
+
+    def _fractions(self, i: Array, j: Array) -> list[tuple[int, int]]:
+        """Return ``1 - c |c|`` for the cosine c of each pair, as numerator and denominator."""
+        queries, corpus = (self._queries, i), (self._corpus, j)
+        products = self._products((*queries, *corpus), (*queries, *queries), (*corpus, *corpus))
+        return [(a * b - dot * abs(dot), a * b) for dot, a, b in zip(*products, strict=True)]
+
+    def _exact_distance(self, i: Array, j: Array) -> float:
+        """Return the distance of one pair from whole numbers."""
+        if self._space.metric.unit_rows:
+            return distance_of(self._space, *self._fractions(i, j)[0])
+        (value,), exponent = self._whole(i, j)
+        return distance_of(self._space, value, exponent + self._exponent)
 
     # What kernels need.
 
@@ -566,6 +618,12 @@ def are_apart(few: Floats, lost: Floats) -> bool:
     return bool((gaps > doubt).all())
 
 
+def is_rounded(value: double_double.Double, error: Floats) -> Array:
+    """Return whether all numbers within an error of the sum of two components round to the first."""
+    rounded: Array = (value.high + (value.low + error) == value.high) & (value.high + (value.low - error) == value.high)
+    return rounded
+
+
 def in_groups(items: list[int], sizes: Iterable[int], limit: int) -> Iterator[list[int]]:
     """Yield the items in groups whose sizes together stay below a limit, or are one item.
 
@@ -611,24 +669,62 @@ def root_of(value: int, exponent: int) -> float:
     # So many bits more that what the whole root leaves out is far below the rounding.
     shift = max(0, 160 - value.bit_length())
     shift += (exponent - shift) % 2
-    return scaled(math.isqrt(value << shift), (exponent - shift) // 2)
+    number = value << shift
+    root = math.isqrt(number)
+    # A bit more tells which side of a number halfway between two of float64 it is on.
+    return scaled(2 * root + (root * root != number), (exponent - shift) // 2 - 1)
 
 
-def one_minus_cosine(dot: int, norms: int) -> float:
-    """Return ``1 - dot / sqrt(norms)`` for whole numbers, norms being the product of both squared norms.
+def cosine_distance(numerator: int, denominator: int) -> float:
+    """Return ``1 - c`` from the fraction ``1 - c |c|``, which is at least 0.
 
     Notes
     -----
-    For a positive product it is ``(norms - dot^2) / (r (r + dot))``, r the root, where nothing cancels that is not
-    exact.
+    For p / r, ``|c| = sqrt(|r - p| / r)``; where c is positive it is ``p / (r + sqrt((r - p) r))``, in which nothing
+    cancels that is not exact.
 
     Examples
     --------
-    >>> one_minus_cosine(3, 9), one_minus_cosine(-3, 9), one_minus_cosine(0, 5)
-    (0.0, 2.0, 1.0)
+    >>> cosine_distance(0, 9), cosine_distance(18, 9), cosine_distance(5, 5), cosine_distance(3, 4)
+    (0.0, 2.0, 1.0, 0.5)
     """
-    shift = max(0, 320 - norms.bit_length()) // 2
-    root = math.isqrt(norms << 2 * shift)
-    if dot <= 0:
-        return (root - (dot << shift)) / root
-    return ((norms - dot * dot) << 2 * shift) / (root * (root + (dot << shift)))
+    shift = max(0, 320 - 2 * denominator.bit_length()) // 2
+    root = math.isqrt(abs(denominator - numerator) * denominator << 2 * shift)
+    if numerator >= denominator:
+        return ((denominator << shift) + root) / (denominator << shift)
+    return (numerator << shift) / ((denominator << shift) + root)
+
+
+def distance_of(space: Space, value: int, other: int) -> float:
+    """Return the distance of an exact value, rounded to float64.
+
+    Parameters
+    ----------
+    space : Space
+        Of floats.
+    value, other : int
+        The value is ``value * 2**other``, and for cosine ``1 - c |c|`` is ``value / other``.
+    """
+    if space.metric.unit_rows:
+        return cosine_distance(value, other)
+    return root_of(value, other) if space.form.finish is square_root else scaled(value, other)
+
+
+def distances_of(space: Space, strings: Array) -> Array:
+    """Return the distances of exact values, as `Values.distances` has them.
+
+    Parameters
+    ----------
+    space : Space
+        Of floats.
+    strings : array of bytes
+        By `Values.strings`.
+
+    Returns
+    -------
+    array of `Space.output`, of the same shape
+    """
+    number_from = fraction_from if space.metric.unit_rows else binary_from
+    distances = [distance_of(space, *number_from(string)) for string in strings.ravel().tolist()]
+    with np.errstate(over="ignore", under="ignore"):
+        return np.array(distances).astype(space.output).reshape(strings.shape)

@@ -29,6 +29,8 @@ DENSE = 1 / 8
 
 def largest(dtype: np.dtype[Any]) -> Any:
     """Return the largest value of `dtype`, infinity for floats."""
+    if dtype.kind == "S":
+        return b"\xff" * dtype.itemsize
     return np.inf if dtype.kind == "f" else np.iinfo(dtype).max
 
 
@@ -189,8 +191,8 @@ def merge_topk(first: tuple[Array, Array], second: tuple[Array, Array], k: int) 
     Parameters
     ----------
     first, second : tuple of (n_queries, any) arrays
-        Values and int64 corpus indices, index `MISSING` where a list is shorter than its width. An index
-        in both lists has the same value in both.
+        Values, numbers or strings of bytes, and int64 corpus indices, index `MISSING` where a list is shorter than its
+        width. An index in both lists has the same value in both.
     k : int
         At most this many are kept.
 

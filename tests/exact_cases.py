@@ -79,13 +79,14 @@ def root(value):
     return Fraction(isqrt(int(value * Fraction(2) ** shift)), 1) / Fraction(2) ** (shift // 2)
 
 
-def ulps(got, exact):
-    """Return by how many units in its last place a float is from a fraction."""
-    info = np.finfo(got.dtype)
-    if np.isinf(got):
-        return 0.0 if exact >= Fraction(float(info.max)) else np.inf
-    unit = float(np.spacing(min(abs(got), info.max / 2)))  # that of the largest number is none
-    return float(min(abs(Fraction(float(got)) - exact) / Fraction(unit), Fraction(2) ** 1000))
+def rounded(exact, dtype):
+    """Return a fraction rounded to float64, and then to the dtype."""
+    try:
+        nearest = np.float64(exact.numerator / exact.denominator)
+    except OverflowError:
+        nearest = np.float64(np.inf)
+    with np.errstate(over="ignore", under="ignore"):
+        return nearest.astype(dtype)
 
 
 def data(kind, dtype, n_queries, n_corpus, n_features, rng):

@@ -79,15 +79,18 @@ def as_iterator(corpus):
 
 
 @pytest.mark.parametrize("kind", [as_array, as_blocks, as_iterator])
-@pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_a_search_goes_on(kind, dtype, data, tmp_path):
+@pytest.mark.parametrize(("dtype", "accuracy"), [("uint8", "fast"), ("float32", "fast"), ("float32", "exact")])
+def test_a_search_goes_on(kind, dtype, accuracy, data, tmp_path):
     queries, corpus = (array.astype(dtype) for array in data)
     path = tmp_path / "job"
-    done = interrupted(queries, kind(corpus), path, backend="numba")
-    answer, calls = resumed(queries, kind(corpus), path)
+    done = interrupted(queries, kind(corpus), path, backend="numba", accuracy=accuracy)
+    answer, calls = resumed(queries, kind(corpus), path, accuracy=accuracy)
     assert calls[0] > done
     assert len(calls) >= 2
-    assert_same(answer, knn(queries, corpus, K, backend="numba"))
+    assert_same(answer, knn(queries, corpus, K, backend="numba", accuracy=accuracy))
+    if accuracy == "exact":
+        whole = resumed(queries, kind(corpus), path, backend="numba", accuracy=accuracy)[0]
+        assert answer.certificate.candidates == pytest.approx(whole.certificate.candidates)
     assert os.listdir(tmp_path) == []  # the file is there as long as the job is not done
 
 
@@ -131,18 +134,21 @@ def progress(done, of):
     print(done, flush=True)
     time.sleep(0.05)
 
-answer = knn(queries, corpus, 5, checkpoint=sys.argv[3], memory_budget=400_000, progress=progress)
+answer = knn(
+    queries, corpus, 5, checkpoint=sys.argv[3], memory_budget=400_000, progress=progress, accuracy=sys.argv[5]
+)
 print("done", flush=True)
 np.savez(sys.argv[4], *answer)
 """
 
 
-def test_sigkill_and_resume(data, tmp_path):
-    queries, corpus = data
+@pytest.mark.parametrize(("dtype", "accuracy"), [("uint8", "fast"), ("float64", "exact")])
+def test_sigkill_and_resume(dtype, accuracy, data, tmp_path):
+    queries, corpus = (array.astype(dtype) / 3 if dtype == "float64" else array for array in data)
     names = [str(tmp_path / name) for name in ("q.npy", "c.npy", "job", "answer.npz")]
     np.save(names[0], queries)
     np.save(names[1], corpus)
-    command = [sys.executable, "-c", KILLED, *names]
+    command = [sys.executable, "-c", KILLED, *names, accuracy]
     seen = []
     for _ in range(3):  # killed again and again, each time further on
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -155,7 +161,7 @@ def test_sigkill_and_resume(data, tmp_path):
     assert run.returncode == 0, run.stderr
     first = int(run.stdout.split()[0])
     assert first > seen[-1][0]
-    expected = knn(queries, corpus, 5)
+    expected = knn(queries, corpus, 5, accuracy=accuracy)
     with np.load(names[3]) as answer:
         assert_identical(answer["arr_0"], expected.distances)
         assert_identical(answer["arr_1"], expected.indices)

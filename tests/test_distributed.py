@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from knnbench import BackendUnavailableError, InvalidInputError, KNNClassifier, UnsupportedError, knn
+from knnbench import METRICS, BackendUnavailableError, InvalidInputError, KNNClassifier, UnsupportedError, knn
 from knnbench.backends import get_backend, registry
 from knnbench.backends.numba import NumbaBackend
 from knnbench.blocking import slices
@@ -89,6 +89,20 @@ def test_chunks_change_no_bit(dtype, metric, chunks, rng):
     assert_same(lazy, expected)
 
 
+@pytest.mark.parametrize("chunks", [N_CORPUS, SEVEN])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exact_neighbours_of_floats(dtype, metric, chunks, rng):
+    queries, corpus = (rows / np.dtype(dtype).type(7) for rows in make(rng, dtype))
+    expected = knn(queries, corpus, K, metric, backend="numpy", accuracy="exact")
+    shards = da.from_array(corpus, chunks=(chunks, 4))
+    for backend in ("auto", "numba"):
+        answer = distributed.knn(queries, shards, K, metric, backend=backend, accuracy="exact")
+        assert_same(answer, expected)
+    lazy = distributed.knn(da.from_array(queries, chunks=(7, 3)), shards, K, metric, accuracy="exact", compute=False)
+    assert_same(lazy, expected)
+
+
 @pytest.mark.parametrize("scheduler", ["threads", "synchronous"])
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_schedulers(scheduler, backend, rng):
@@ -104,6 +118,8 @@ def test_chunks_that_are_empty_or_smaller_than_k(rng):
     shards = da.from_array(corpus, chunks=((0, 1, 2, 0, 697), -1))
     assert_same(distributed.knn(queries, shards, K), knn(queries, corpus, K))
     assert_same(distributed.knn(queries[:2], shards[:3], 3), knn(queries[:2], corpus[:3], 3))
+    answer = distributed.knn(queries.astype(np.float32), shards.astype(np.float32), K, accuracy="exact")
+    assert_same(answer, knn(queries.astype(np.float32), corpus.astype(np.float32), K, accuracy="exact"))
 
 
 def test_queries_of_another_dtype(rng):
@@ -119,17 +135,18 @@ def test_many_blocks_of_queries(rng, monkeypatch):
     assert_same(answer, knn(queries, corpus, K, backend="numba"))
 
 
-def job_of(queries, corpus, backend="numpy", metric="euclidean", k=K):
+def job_of(queries, corpus, backend="numpy", metric="euclidean", k=K, accuracy="fast"):
     shards = da.from_array(corpus, chunks=(SEVEN, -1))
     return distributed._job(
-        da.from_array(queries), shards, k, metric, backend, "fast", None, True, 1, distributed._Cluster(None)
+        da.from_array(queries), shards, k, metric, backend, accuracy, None, True, 1, distributed._Cluster(None)
     )
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_lost_repeated_and_reordered_tasks(seed, rng):
     queries, corpus = make(rng, "uint8" if seed % 2 else "float32")
-    job = pickle.loads(pickle.dumps(job_of(queries, corpus)))
+    accuracy = "exact" if seed % 4 else "fast"
+    job = pickle.loads(pickle.dumps(job_of(queries, corpus, accuracy=accuracy)))
     rows = np.random.default_rng(seed).permutation(list(slices(N_CORPUS, 60)))
     chosen = random.Random(seed)
     lists = []
@@ -142,7 +159,7 @@ def test_lost_repeated_and_reordered_tasks(seed, rng):
         lists = [job.merge(lists[:width]), *lists[width:]]
         chosen.shuffle(lists)
     distances, indices = job.finish(lists[0])
-    expected = knn(queries, corpus, K, backend="numpy")
+    expected = knn(queries, corpus, K, backend="numpy", accuracy=accuracy)
     assert_identical(distances, expected.distances)
     assert_identical(indices, expected.indices)
 
@@ -157,9 +174,10 @@ def test_a_float_job_pins_what_could_differ(rng):
     assert job.settings["KNNBENCH_THREADS"] == "1"
     if job.backend == "numba":
         assert job.settings["KNNBENCH_SIMD"] == NumbaBackend().levels()[0]
-    exact = job_of(queries.astype(np.uint8), corpus.astype(np.uint8), "auto")
-    assert exact.backend == "auto"
-    assert "KNNBENCH_SIMD" not in exact.settings
+    for rows, accuracy in ((np.uint8, "fast"), (np.float32, "exact")):
+        exact = job_of(queries.astype(rows), corpus.astype(rows), "auto", accuracy=accuracy)
+        assert exact.backend == "auto"
+        assert "KNNBENCH_SIMD" not in exact.settings
 
 
 def test_the_level_is_the_best_that_all_workers_have(rng, monkeypatch):
@@ -250,10 +268,10 @@ def slow_rows(block, block_id=None, mark=""):
     return block
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_a_worker_that_is_killed_in_the_middle(dtype, rng, tmp_path):
+@pytest.mark.parametrize(("dtype", "accuracy"), [("uint8", "fast"), ("float32", "fast"), ("float32", "exact")])
+def test_a_worker_that_is_killed_in_the_middle(dtype, accuracy, rng, tmp_path):
     queries, corpus = make(rng, dtype)
-    expected = knn(queries, corpus, K, backend="numba")
+    expected = knn(queries, corpus, K, backend="numba", accuracy=accuracy)
     mark = str(tmp_path / "ran")
     shards = da.from_array(corpus, chunks=(SEVEN, -1)).map_blocks(slow_rows, dtype=corpus.dtype, mark=mark)
     package = dask_distributed()
@@ -265,15 +283,15 @@ def test_a_worker_that_is_killed_in_the_middle(dtype, rng, tmp_path):
         ) as cluster,
         package.Client(cluster) as client,
     ):  # fmt: skip
-        lazy = distributed.knn(queries, shards, K, backend="numba", compute=False, client=client)
+        lazy = distributed.knn(queries, shards, K, backend="numba", accuracy=accuracy, compute=False, client=client)
         futures = client.compute(list(lazy))
-        victim = client.run(os.getpid)
+        before = client.run(os.getpid)
         while len(os.listdir(tmp_path)) < 3:
             time.sleep(0.02)
-        os.kill(next(iter(victim.values())), signal.SIGKILL)
+        os.kill(int(os.listdir(tmp_path)[0].split("-")[2]), signal.SIGKILL)  # one that holds something
         distances, indices = client.gather(futures)
         workers = client.run(os.getpid)
-    assert set(victim.values()) - set(workers.values())  # it is gone, and another came
+    assert set(before.values()) - set(workers.values())  # it is gone, and another came
     ran = [name.split("-")[1] for name in os.listdir(tmp_path)]
     assert len(set(ran)) == 7
     assert len(ran) > 7  # some shard was made once more
@@ -303,8 +321,8 @@ def test_what_is_refused(rng):
         with pytest.raises(InvalidInputError) as caught:
             call()
         assert text in str(caught.value)
-    with pytest.raises(UnsupportedError, match="on Dask has accuracy='exact' for uint8 only"):
-        distributed.knn(queries, shards, K, accuracy="exact")
+    with pytest.raises(UnsupportedError, match="lacks accuracy='exact' for float32"):
+        distributed.knn(queries, shards, K, backend="faiss", accuracy="exact")
     with pytest.raises(UnsupportedError, match="total order"):
         distributed.knn(queries, shards, K, backend="scipy")
 

@@ -49,11 +49,11 @@ def test_a_cosine_is_as_near_as_its_share_says(rng):
     angle = 1 - 10.0 ** rng.uniform(-20, 0.3, N)
     dot = Double(length * angle, length * 2.0**-55)
     got, share, _ = one_minus_cosine(dot, first, second)
-    for found, part, d, p, q in zip(got.tolist(), share.tolist(), *map(fractions, (dot, first, second)), strict=True):
+    for found, part, d, p, q in zip(fractions(got), share.tolist(), *map(fractions, (dot, first, second)), strict=True):
         if part < 2.0**-40:
             continue
         # |1 - c - found| <= e means that c^2 lies between two squares.
-        allowed = Fraction(found) * (Fraction(2) ** -52 + Fraction(ERROR) / Fraction(part))
-        low, high = 1 - Fraction(found) - allowed, 1 - Fraction(found) + allowed
+        allowed = found * Fraction(ERROR) / Fraction(part)
+        low, high = 1 - found - allowed, 1 - found + allowed
         square, sign = d * d / (p * q), 1 if d > 0 else -1
         assert low * abs(low) <= sign * square <= high * abs(high)

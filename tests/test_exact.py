@@ -1,6 +1,8 @@
 """accuracy="exact" on floats: the neighbours of exact arithmetic, against whole numbers."""
 
 import dataclasses
+import functools
+import itertools
 import pickle
 import tracemalloc
 
@@ -10,27 +12,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnbench import METRICS, KNNClassifier, bounds, exact, fastest_backend, knn, prepare, underflow
+from knnbench import exact_values as exact_values_module
+from knnbench.api import Neighbors, finish_ranked, search_block
 from knnbench.backends import get_backend
 from knnbench.backends.base import Candidates
 from knnbench.errors import InvalidInputError, OverBudgetError, UnsupportedError
 from knnbench.exact_values import Values, whole_values
 from knnbench.metrics import Space
+from knnbench.ordering import merge_topk
 
 from .conftest import available
-from .exact_cases import FLOATS, KINDS, data, exact_distance, exact_neighbors, exact_values, ulps
+from .exact_cases import FLOATS, KINDS, data, exact_distance, exact_neighbors, exact_values, rounded
 
 BACKENDS = ("numpy", "numba", "torch")
 
 
 def assert_exact(found, queries, corpus, k, metric):
-    """Require the neighbours of exact arithmetic, and distances within a unit in the last place."""
+    """Require the neighbours of exact arithmetic, and their distances, rounded."""
     expected = exact_neighbors(queries, corpus, k, metric)
     wrong = found.indices != expected
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.size} neighbours are wrong: {found.certificate}"
     for q, distances, indices in zip(queries, found.distances, found.indices, strict=True):
         for distance, index in zip(distances, indices, strict=True):
-            off = ulps(distance, exact_distance(q, corpus[index], metric))
-            assert off <= 1, (distance, off, index)
+            assert distance == rounded(exact_distance(q, corpus[index], metric), distance.dtype), index
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -302,6 +306,86 @@ def test_a_backend_that_declares_nothing_is_refused(peer, rng):
     ):
         with pytest.raises(UnsupportedError, match="lacks accuracy='exact' for float32"):
             call()
+
+
+# In blocks: lists of exact values.
+
+
+def in_blocks(queries, corpus, k, metric, cuts, backend="numba"):
+    """Return the lists of blocks of the corpus, each with its first row."""
+    bounds = [0, *cuts, len(corpus)]
+    return [
+        search_block(queries, corpus[a:b], k, a, metric, backend=backend, accuracy="exact")
+        for a, b in itertools.pairwise(bounds)
+    ]
+
+
+def finished(ranked, indices, corpus, metric):
+    space = corpus.dtype, corpus.shape[1]
+    return Neighbors(finish_ranked(ranked, metric, *space, "numba", "exact"), indices)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_give_the_same_bits(kind, dtype, metric, rng):
+    queries, corpus = data(kind, dtype, 5, 90, 11, rng)
+    expected = knn(queries, corpus, 6, metric, backend="numba", accuracy="exact")
+    assert_exact(expected, queries, corpus, 6, metric)
+    lists = in_blocks(queries, corpus, 6, metric, (1, 5, 30, 31, 60, 80))
+    lists += in_blocks(queries, corpus, 6, metric, (40, 77), "numpy")  # others, and some that lap over
+    lists = [lists[place] for place in rng.permutation(len(lists))]
+    merged = functools.reduce(lambda first, second: merge_topk(first, second, 6), lists)
+    found = finished(*merged, corpus, metric)
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_array_equal(found.distances, expected.distances)
+    streamed = knn(queries, iter([corpus[:9], corpus[9:]]), 6, metric, backend="numba", accuracy="exact")
+    np.testing.assert_array_equal(streamed.indices, expected.indices)
+    np.testing.assert_array_equal(streamed.distances, expected.distances)
+
+
+@given(st.data())
+def test_any_order_any_duplicates_and_any_tree_of_blocks(draw):
+    rng = np.random.default_rng(draw.draw(st.integers(0, 2**32)))
+    kind, dtype = draw.draw(st.sampled_from(list(KINDS))), draw.draw(st.sampled_from(FLOATS))
+    metric, n_corpus = draw.draw(st.sampled_from(list(METRICS))), draw.draw(st.integers(1, 30))
+    k = draw.draw(st.integers(1, n_corpus))
+    queries, corpus = data(kind, dtype, 2, n_corpus, 3, rng)
+    cuts = sorted(draw.draw(st.sets(st.integers(1, n_corpus - 1), max_size=6))) if n_corpus > 1 else []
+    lists = in_blocks(queries, corpus, k, metric, cuts)
+    lists += draw.draw(st.lists(st.sampled_from(lists), max_size=3))
+    while len(lists) > 1:
+        first, second = (lists.pop(draw.draw(st.integers(0, len(lists) - 1))) for _ in range(2))
+        lists.append(merge_topk(first, second, k))
+    ((ranked, indices),) = lists
+    assert_exact(finished(ranked[:, :k], indices[:, :k], corpus, metric), queries, corpus, k, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_values_that_only_the_last_digits_tell_apart(metric, rng, monkeypatch):
+    queries, corpus = rng.normal(size=(6, 9)), data("near", "float64", 0, 60, 9, rng)[1]
+    cuts = (20, 40)
+    merge = functools.partial(functools.reduce, lambda first, second: merge_topk(first, second, 9))
+    assert_exact(
+        finished(*merge(in_blocks(queries, corpus, 9, metric, cuts)), corpus, metric), queries, corpus, 9, metric
+    )
+    for name, digits in (("binary_string", 8), ("fraction_string", 12)):  # a string that is cut is noticed
+        whole = getattr(exact_values_module, name)
+        monkeypatch.setattr(exact_values_module, name, lambda a, b, whole=whole, digits=digits: whole(a, b)[:digits])
+    indices = merge(in_blocks(queries, corpus, 9, metric, cuts))[1]
+    assert (indices != exact_neighbors(queries, corpus, 9, metric)).any()
+
+
+def test_the_certificate_of_blocks_is_that_of_all(rng):
+    queries, corpus = data("near", "float32", 400, 90, 5, rng)
+    blocks = [corpus[:30], corpus[30:]]
+    parts = [knn(queries, block, 3, backend="numpy", accuracy="exact").certificate for block in blocks]
+    found = knn(queries, iter(blocks), 3, backend="numpy", accuracy="exact").certificate
+    assert found == exact.joined([(part, 1.0) for part in parts])
+    assert found.candidates == sum(part.candidates for part in parts)
+    in_groups = knn([queries[:200], queries[200:]], corpus, 3, backend="numpy", accuracy="exact", memory_budget=60_000)
+    whole = knn(queries, corpus, 3, backend="numpy", accuracy="exact").certificate
+    assert (in_groups.certificate.filter, in_groups.certificate.settled) == (whole.filter, whole.settled)
 
 
 # Faults, planted: each must be noticed, by the search or by the tests above.

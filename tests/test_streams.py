@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knnbench import InvalidInputError, KNNClassifier, OverBudgetError, UnsupportedError, api, knn, pairwise, prepare
+from knnbench import InvalidInputError, KNNClassifier, OverBudgetError, api, knn, pairwise, prepare
 from knnbench.api import as_rows, finish_ranked, search_block
 from knnbench.backends import backend_status, registry
 from knnbench.ordering import merge_topk
@@ -164,18 +164,17 @@ def test_exact_neighbours(rng, tmp_path):
     answer = knn(queries, iter(cut(corpus, SEVEN)), K, accuracy="exact")
     assert_same(answer, knn(queries, corpus, K, accuracy="exact"))
     assert answer.certificate.filter == "integers"
-    queries, corpus = make(rng, "float32")
-    expected = knn(queries, corpus, K, backend="numpy", accuracy="exact")
-    for rows in (as_path(corpus, tmp_path / "c.npy"), as_memmap(corpus, tmp_path / "c.npy")):
-        assert_same(knn(queries, rows, K, backend="numpy", accuracy="exact"), expected)
-    options = {"backend": "numpy", "accuracy": "exact"}
-    for call in (
-        lambda: knn(queries, cut(corpus, SEVEN), K, **options),
-        lambda: knn(queries, corpus, K, checkpoint=tmp_path / "job", **options),
-        lambda: search_block(queries, corpus, K, 0, "euclidean", **options),
-    ):
-        refused(call, "accuracy='exact' for uint8 only", error=UnsupportedError)
-    assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize("budget", [None, 200_000])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lists"])
+def test_exact_neighbours_of_floats(kind, budget, rng, tmp_path):
+    queries, corpus = (rows / np.float32(7) for rows in make(rng, "float32"))
+    expected = knn(queries, corpus, K, "cosine", backend="numpy", accuracy="exact")
+    given_corpus = KINDS[kind](corpus, tmp_path / "c.npy")
+    answer = knn(queries, given_corpus, K, "cosine", backend="numpy", accuracy="exact", memory_budget=budget)
+    assert_same(answer, expected)
+    assert answer.certificate.filter == "float32 products"
 
 
 # ---- the core: blocks in any order, any number of times
