@@ -5,7 +5,8 @@
    other row is below (`knnbench.backends.base.Candidates`).
 2. The values of the candidates are computed in float64, each within a known interval of the exact one
    (`knnbench.bounds`). Where the first k intervals are apart from one another and from the next, and all below the
-   floor, the answer is proved. That is the rule, and costs little.
+   floor, the answer is proved. That is the rule, and costs little. Nothing is left to prove where the backend's
+   arithmetic was exact (`Candidates.is_sure`).
 3. Queries of which it is not so are searched again in float64, by the direct form; what its own bound cannot exclude is
    kept.
 4. What float64 cannot put in order is put in order by exact arithmetic (`knnbench.exact_values`). Of equal values the
@@ -285,6 +286,7 @@ class _Selected:
     indices: Array
     values: Floats
     floor: Floats
+    is_sure: Array
     bound: float = 0.0
     form: str = ""
 
@@ -292,7 +294,12 @@ class _Selected:
 def _select(task: Task, block: slice, step: int, parts: list[slice], count: int, values: Values) -> _Selected:
     """Return the candidates of a block of queries from all parts of the corpus."""
     n_queries = block.stop - block.start
-    best = _Selected(np.empty((n_queries, 0), np.int64), np.empty((n_queries, 0)), np.full(n_queries, np.inf))
+    best = _Selected(
+        np.empty((n_queries, 0), np.int64),
+        np.empty((n_queries, 0)),
+        np.full(n_queries, np.inf),
+        np.ones(n_queries, bool),
+    )
     for part in parts:
         packed, n_rows = task.packed(part), part.stop - part.start
         indices, floor = np.empty((n_queries, min(count, n_rows)), np.int64), np.full(n_queries, np.inf)
@@ -303,6 +310,7 @@ def _select(task: Task, block: slice, step: int, parts: list[slice], count: int,
                     task.native(rows), packed, indices.shape[1], task.space, task.budget_left
                 )
             indices[some], best.form = task.engine.to_numpy(found.indices), found.form
+            best.is_sure[some] &= False if found.is_sure is None else found.is_sure
             if indices.shape[1] < n_rows:
                 floor[some] = found.floor
                 error = float((found.last - found.floor).max())
@@ -330,8 +338,8 @@ def _prove(selected: _Selected, block: slice, k: int, values: Values) -> tuple[A
     indices, approximate = selected.indices[:, :k].copy(), selected.values[:, :k].copy()
     low, high = values.interval(selected.values)
     # Both written so that NaN proves nothing.
-    is_whole = (high[:, k - 1] < selected.floor) & ~np.isnan(selected.values).any(axis=1)
-    is_apart = (high[:, : min(k, high.shape[1] - 1)] < low[:, 1 : k + 1]).all(axis=1)
+    is_whole = (high[:, k - 1] < selected.floor) & ~np.isnan(selected.values).any(axis=1) | selected.is_sure
+    is_apart = (high[:, : min(k, high.shape[1] - 1)] < low[:, 1 : k + 1]).all(axis=1) | selected.is_sure
     n_candidates, n_settled = selected.indices.size, 0
 
     def settle(rows: Array, lists: list[Array], of_lists: list[Floats]) -> int:

@@ -85,12 +85,16 @@ class Candidates:
         The largest value that was selected; `last` less `floor` is what the error of the arithmetic costs.
     form : str
         What was computed, for people.
+    is_sure : (n_queries,) array of bool, or None
+        Whether they are the nearest of exact arithmetic, of equally distant rows those of smaller index, and their
+        values by the direct form in float64 are exact; None where that is not known of any.
     """
 
     indices: Native
     floor: Floats
     last: Floats
     form: str
+    is_sure: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from knnbench.ordering import merge_topk
 from knnbench.settings import LEVEL_VARIABLE, setting
 from knnbench.threads import run_tasks, thread_count
 
-from .base import Capabilities, HostBackend, Native
+from .base import Candidates, Capabilities, HostBackend, Native
 from .linear import LinearLoss
 
 __all__ = ["NumbaBackend"]
@@ -100,7 +100,7 @@ class TileCorpus:
 
     def packed(self, kernels: TileKernels) -> Packing | None:
         """Return the panels that these kernels take, if they are there."""
-        return self.packing if self.packed_for is kernels else None
+        return self.packing if self.packed_for and self.packed_for.plan.layout == kernels.plan.layout else None
 
     @functools.cached_property
     def centre(self) -> Array:
@@ -175,29 +175,51 @@ class NumbaBackend(HostBackend):
 
     def knn(self, queries: Native, prepared: TileCorpus, k: int, space: Space, budget: int) -> tuple[Native, Native]:
         """Return the k nearest."""
+        return self._search(queries, prepared, k, space, budget, tile_kernels(space))[:2]
+
+    def candidates(self, queries: Native, prepared: TileCorpus, count: int, space: Space, budget: int) -> Candidates:
+        """Return what `knn` proves, and for largest differences the nearest of exact arithmetic, as the kernels rank
+        them."""
+        if space.form.reduce is not max or len(queries) <= FEW_QUERIES:
+            return super().candidates(queries, prepared, count, space, budget)
+        kernels = tile_kernels(space, exact=True)
+        values, indices, is_sure = self._search(queries, prepared, count, space, budget, kernels)
+        last = values[:, -1]
+        # Where the kernel's own values overflow they tell nothing apart.
+        is_finite = last <= float(np.finfo(space.dtype).max)
+        floor = np.where(is_finite, np.nextafter(last, -np.inf), -np.inf)
+        return Candidates(indices, floor, last, f"{space.dtype} differences", is_sure & is_finite)
+
+    def _search(
+        self, queries: Native, prepared: TileCorpus, k: int, space: Space, budget: int, direct: TileKernels
+    ) -> tuple[Array, Array, Array]:
+        """Return the k nearest by some kernels, and which queries' are sure, if these are exact."""
         n_queries, n_corpus = len(queries), len(prepared)
         found_filter = _filter(space, k, n_corpus)
         is_small = n_queries * n_corpus * space.n_features < FILTERED_PAIRS
         if found_filter and is_small and not prepared.packed(tile_kernels(space, filtered=True)):
             found_filter = None
-        kernels = tile_kernels(space, filtered=found_filter is not None)
+        kernels = tile_kernels(space, filtered=True) if found_filter else direct
         tasks = _Tasks(kernels, space, n_queries, n_corpus, budget, k=k)
         if tasks.share_panels(kernels.packing_bytes(n_corpus, space.n_features)) and not prepared.packed(kernels):
             prepared = packed_within(budget // 2, prepared, kernels)
             if prepared.packed(kernels):
                 left = budget - kernels.packing_bytes(n_corpus, space.n_features)
                 tasks = _Tasks(kernels, space, n_queries, n_corpus, left, k=k)
-        search = _Search(prepared, space, found_filter)
+        search = _Search(prepared, space, found_filter, direct)
         shapes = [(n_queries, min(k, part.stop - part.start)) for part in tasks.parts]
-        found = [(np.empty(shape, space.ranked), np.empty(shape, np.int64)) for shape in shapes]
+        found = [(np.empty(shape, direct.ranked), np.empty(shape, np.int64)) for shape in shapes]
+        is_sure = np.ones((len(shapes), n_queries), bool)
 
         def task(piece: tuple[slice, int]) -> None:
             rows, number = piece
             ranked, nearest = found[number]
-            search(prepared_rows(queries[rows], space), tasks.parts[number], ranked[rows], nearest[rows])
+            block = prepared_rows(queries[rows], space)
+            is_sure[number, rows] = search(block, tasks.parts[number], ranked[rows], nearest[rows])
 
         run_tasks(task, [(rows, n) for rows in tasks.blocks for n in range(len(found))], tasks.threads)
-        return functools.reduce(lambda a, b: merge_topk(a, b, k), found)
+        values, indices = functools.reduce(lambda a, b: merge_topk(a, b, k), found)
+        return values, indices, np.logical_and.reduce(is_sure)
 
     def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
         """Return the losses of `Backend.linear_loss`, which holds the samples a second time, in `Panels`."""
@@ -224,17 +246,20 @@ class _Search:
     space : Space
     found : Filter or None
         What filters the distances.
+    direct : TileKernels
+        What computes those that are not filtered.
     """
 
-    def __init__(self, prepared: TileCorpus, space: Space, found: Filter | None) -> None:
-        self._prepared, self._space = prepared, space
-        self._direct = tile_kernels(space)
+    def __init__(self, prepared: TileCorpus, space: Space, found: Filter | None, direct: TileKernels) -> None:
+        self._prepared, self._space, self._direct = prepared, space, direct
         self._filtering = tile_kernels(space, filtered=True) if found else None
         self._error = found.error(space) if found else 0.0
 
-    def __call__(self, block: Array, part: slice, ranked: Array, nearest: Array) -> None:
-        """Fill (n_queries, k) arrays with ranked values and indices."""
+    def __call__(self, block: Array, part: slice, ranked: Array, nearest: Array) -> Array | bool:
+        """Fill (n_queries, k) arrays with ranked values and indices; return which are sure, by exact kernels."""
         direct, corpus, (n_queries, k) = self._direct, self._prepared.rows, ranked.shape
+        if direct.plan.is_exact:
+            return self._search(block, part, ranked, nearest)
         if n_queries <= FEW_QUERIES and self._space.n_features >= direct.plan.rows.features:
             lists, norms, row = direct.lists(n_queries, k, part.stop - part.start), *direct.few(n_queries)
             direct.knn_rows(block, corpus, part.start, part.stop, norms, row, k, *lists)
@@ -247,14 +272,17 @@ class _Search:
                 some = np.empty((len(left), k), ranked.dtype), np.empty((len(left), k), np.int64)
                 self._search(block[left], part, *some)
                 ranked[left], nearest[left] = some
+        return False
 
-    def _search(self, block: Array, part: slice, ranked: Array, nearest: Array) -> None:
-        """Search by the direct form."""
+    def _search(self, block: Array, part: slice, ranked: Array, nearest: Array) -> Array:
+        """Search by the direct form; return for which queries no value was rounded that may decide."""
         kernels, corpus, (n_queries, k) = self._direct, self._prepared.rows, ranked.shape
         lists = kernels.lists(n_queries, k, part.stop - part.start)
         work = kernels.workspace(n_queries, self._space.n_features, packing=self._prepared.packed(kernels))
         kernels.knn(block, corpus, part.start, part.stop, *work, k, *lists)
         kernels.order(block, corpus, work.values, k, *lists, ranked, nearest)
+        is_sure: Array = work.sums[:n_queries] == 0
+        return is_sure
 
     def _filter(self, kernels: TileKernels, block: Array, part: slice, ranked: Array, nearest: Array) -> Array:
         """Search by the filter; return the numbers of the queries that are left in doubt."""

@@ -3,13 +3,11 @@
 `wide_kernels` are float64 values by the direct form, in vectors: `knnbench.bounds` says how far off.
 
 `expand` gives a value as an expansion: a few float64 numbers whose sum is the value, the largest first. Differences and
-products of two numbers are exact as pairs of numbers (T. J. Dekker, A floating-point technique for extending the
-available precision, Numerische Mathematik 18, 1971; D. E. Knuth, The Art of Computer Programming 2, section 4.2.2), and
-a number is added to an expansion by passing what each addition rounds off to the next component (J. R. Shewchuk,
-Adaptive precision floating-point arithmetic and fast robust geometric predicates, Discrete & Computational Geometry 18,
-1997). What falls out at the end is counted: where that is nothing, the value is exact. With two components this is the
-compensated sum of T. Ogita, S. M. Rump and S. Oishi (Accurate sum and dot product, SIAM Journal on Scientific Computing
-26, 2005).
+products of two numbers are exact as pairs of numbers (`knnbench.kernels.expansions`), and a number is added to an
+expansion by passing what each addition rounds off to the next component (J. R. Shewchuk, Adaptive precision floating-
+point arithmetic and fast robust geometric predicates, Discrete & Computational Geometry 18, 1997). What falls out at
+the end is counted: where that is nothing, the value is exact. With two components this is the compensated sum of T.
+Ogita, S. M. Rump and S. Oishi (Accurate sum and dot product, SIAM Journal on Scientific Computing 26, 2005).
 
 The naive form is `knnbench.exact.whole_values`, in Python's integers.
 """
@@ -25,15 +23,13 @@ from knnbench.kernels.compilation import compile_cached
 from knnbench.kernels.cpu_loops import row_values
 from knnbench.kernels.cpu_simd import Vectors, cpu_features, simd_level
 from knnbench.kernels.cpu_tiles import plan_of
+from knnbench.kernels.expansions import two_product, two_sum
 from knnbench.metrics import Space, add_absolute, add_product, add_square, keep_largest
 
 __all__ = ["WideKernels", "equal_rows", "expansion_kernel", "squared_norms", "wide_kernels"]
 
 # Corpus rows that a query meets at once: in float64 they stay in the first-level cache.
 ROWS = 4
-
-# The low half of a float64: what multiplies to split it (Dekker, Veltkamp).
-SPLITTER = 134217729.0
 
 # Below this the rounding of a product may itself be rounded; what then is lost is less than `LOST`.
 SMALL_PRODUCT = 2.0**-900
@@ -146,24 +142,6 @@ def equal_rows(rows: Any, i: Any, j: Any, start: Any, stop: Any, out: Any) -> No
 
 
 # No compiler may reorder what follows.
-
-
-@register_jitable
-def two_sum(a: Any, b: Any) -> Any:
-    """Return the sum of two numbers, and what rounding took from it."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
-
-
-@register_jitable
-def two_product(a: Any, b: Any) -> Any:
-    """Return the product of two numbers, and what rounding took from it."""
-    product = a * b
-    c, d = SPLITTER * a, SPLITTER * b
-    high_a, high_b = c - (c - a), d - (d - b)
-    low_a, low_b = a - high_a, b - high_b
-    return product, low_a * low_b - (((product - high_a * high_b) - low_a * high_b) - high_a * low_b)
 
 
 @register_jitable

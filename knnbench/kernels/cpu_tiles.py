@@ -15,6 +15,11 @@ filter too, because
 
 takes two operations a feature where the direct form takes three; its error is `Space.larger_error`.
 
+Largest differences of floats can be ranked exactly (`Plan.is_exact`): rounding to nearest never reverses the order of
+two numbers, so that a row whose rounded value is above that of the k-th nearest is farther. The others, which are ties
+mostly, are compared once more in float64, where a difference of two numbers is exact or is seen not to be; and so on:
+what is left out is not below the k-th value in float64.
+
 The k smallest so far are an ascending list, into which `cpu_loops.shift_in` puts a pair without a branch that could be
 guessed wrong; of many, candidates are collected and the k smallest selected from time to time.
 
@@ -60,6 +65,7 @@ from knnbench.kernels.cpu_simd import (
     simd_level,
     vectors_of,
 )
+from knnbench.kernels.expansions import two_sum
 from knnbench.kernels.heap import keep_smallest, make_heap, sort_heap, sort_nearly
 from knnbench.metrics import METRICS, Space, add_absolute, add_product, add_square, keep_largest
 from knnbench.settings import setting
@@ -135,6 +141,10 @@ ALIGNMENT = 64
 # Queries that a corpus row meets at once where rows are compared as they lie.
 ROWS = 8
 
+# Features kept for each query that left out a row, which leave out most others too: of MNIST's ties, all but one in
+# fifteen.
+WITNESSES = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -150,6 +160,8 @@ class Plan:
         How a panel's accumulators are ranked, as in `cpu_loops.KEYS`.
     is_filter : bool
         Whether panels tell only which rows to look at: then they are centred.
+    is_exact : bool
+        Whether neighbours are those of exact arithmetic, ranked in float64.
     """
 
     panels: Vectors
@@ -157,9 +169,17 @@ class Plan:
     norms: Vectors
     key: str
     is_filter: bool = False
+    is_exact: bool = False
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """All that the form of a packed corpus depends on."""
+        return self.panels, self.key, self.is_filter
 
 
-def plan_of(space: Space, level: Level, features: frozenset[str], *, filtered: bool = False) -> Plan:
+def plan_of(
+    space: Space, level: Level, features: frozenset[str], *, filtered: bool = False, exact: bool = False
+) -> Plan:
     """Return how a space is computed.
 
     Parameters
@@ -170,6 +190,8 @@ def plan_of(space: Space, level: Level, features: frozenset[str], *, filtered: b
         Of the CPU.
     filtered : bool
         For floats: whether the filter is wanted that there may be.
+    exact : bool
+        For largest differences of floats: whether they are to be ranked exactly.
     """
     kind = OPERATION_OF[space.form.accumulate]
     vectors = functools.partial(vectors_of, level=level, features=features)
@@ -177,7 +199,7 @@ def plan_of(space: Space, level: Level, features: frozenset[str], *, filtered: b
         dtype = space.dtype.name
         product, rows, found = vectors(f"product-{dtype}"), vectors(f"{kind}-{dtype}"), filter_of(space)
         if not filtered or found is None:
-            return Plan(rows, rows, product, "value")
+            return Plan(rows, rows, product, "value", is_exact=exact)
         return Plan(vectors(f"{found.operation}-{dtype}"), rows, product, found.key, is_filter=True)
     wide = "int64" if space.accumulator == np.int64 else "int16"
     product = vectors(f"product-{wide}")
@@ -214,13 +236,16 @@ class Workspace(NamedTuple):
     shifts : (n_panels, panel rows) array
         What centring took from the products of each row of a panel.
     sums : (n_queries,) array
-        Sums of features, for the key ``"larger"``.
+        Sums of features, for the key ``"larger"``; of an exact plan, not 0 for a query of which a value was rounded
+        that may decide.
     limits : (n_queries,) array
         Below which a query's keys are of interest.
     out : array
         The accumulators of a tile.
     hits : array of int64
         Which of them are of interest.
+    witnesses : array of int64
+        Of an exact plan, `WITNESSES` features for each query.
     values : array
         Those of some rows.
     """
@@ -237,6 +262,7 @@ class Workspace(NamedTuple):
     limits: Array
     out: Array
     hits: Array
+    witnesses: Array
     values: Array
 
 
@@ -315,14 +341,16 @@ class TileKernels:
             (padded, column),
             (height * width, accumulator),
             (height, word),
+            (padded * WITNESSES if self.plan.is_exact else 0, word),
             (ROWS, row),
         )
         panel_sizes = () if packing else self._panel_sizes(1, n_features)
-        queries, query_norms, sums, limits, out, hits, values, *room = carved(*sizes, *panel_sizes)
+        queries, query_norms, sums, limits, out, hits, witnesses, values, *room = carved(*sizes, *panel_sizes)
         centre, is_packed, panels, columns, norms, shifts = packing or self._packing(0, room, 1, centre)
         return Workspace(
-            centre, is_packed, queries, panels, columns, norms, query_norms, shifts, sums, limits, out, hits, values
-        )
+            centre, is_packed, queries, panels, columns, norms, query_norms, shifts, sums, limits, out, hits, witnesses,
+            values,
+        )  # fmt: skip
 
     def few(self, n_queries: int) -> tuple[Array, Array]:
         """Return `Workspace.query_norms` and `Workspace.values`, all that few queries take."""
@@ -361,7 +389,9 @@ class TileKernels:
         """Return what `workspace` takes for a tile of queries, or a part of one, and besides."""
         (height, width, depth), element = self._shape, self._dtypes[0]
         row = -(-n_features // depth) * depth * element.itemsize
-        return height * (row + 24), width * (row + 24 + 8 * height) + 13 * ALIGNMENT
+        return height * (row + 24 + (8 * WITNESSES if self.plan.is_exact else 0)), width * (
+            row + 24 + 8 * height
+        ) + 13 * ALIGNMENT
 
 
 def kept_rows(k: int, n_rows: int) -> int:
@@ -382,7 +412,7 @@ def carved(*sizes: tuple[int, np.dtype[Any]]) -> list[Array]:
     return [np.frombuffer(raw, dtype, count, at) for (count, dtype), at in zip(sizes, starts, strict=False)]
 
 
-def tile_kernels(space: Space, *, filtered: bool = False) -> TileKernels:
+def tile_kernels(space: Space, *, filtered: bool = False, exact: bool = False) -> TileKernels:
     """Return the kernels of a space on this CPU, compiled when they are first called.
 
     Parameters
@@ -390,15 +420,18 @@ def tile_kernels(space: Space, *, filtered: bool = False) -> TileKernels:
     space : Space
     filtered : bool
         For floats: whether the filter is wanted that there may be (`filter_of`).
+    exact : bool
+        For largest differences of floats: whether they are to be ranked exactly.
     """
     form = space.form
     # All that follows from the space; found again in microseconds, which a small search takes itself.
-    key = form.accumulate, form.rank, space.dtype, space.accumulator, filtered, setting(LEVEL_VARIABLE)
+    key = form.accumulate, form.rank, space.dtype, space.accumulator, filtered, exact, setting(LEVEL_VARIABLE)
     if key not in _chosen:
         level = simd_level()
         if level.has_matrix and not matrix_unit_is_exact(level):
             level = LEVELS["avx512"]
-        _chosen[key] = compiled_kernels(plan_of(space, level, cpu_features(), filtered=filtered), space)
+        plan = plan_of(space, level, cpu_features(), filtered=filtered, exact=exact)
+        _chosen[key] = compiled_kernels(plan, space)
     return _chosen[key]
 
 
@@ -437,7 +470,7 @@ def compiled_kernels(plan: Plan, space: Space) -> TileKernels:
     loaded = space.dtype if not space.is_integer else space.accumulator
     return _compiled(
         plan, form.accumulate, form.rank, numba.from_dtype(loaded), numba.from_dtype(space.accumulator),
-        numba.from_dtype(space.ranked),
+        numba.float64 if plan.is_exact else numba.from_dtype(space.ranked),
     )  # fmt: skip
 
 
@@ -464,7 +497,7 @@ def _compiled(
     needs_norms, is_filtered, is_larger = key != "value", plan.is_filter, key == "larger"
     # Of larger norms the sums could overflow.
     largest_norm = float(np.finfo(plan.panels.operation.accumulator).max) / 16 if is_float else 0.0
-    rank_uses_norms = key == "cosine"
+    rank_uses_norms, is_exact = key == "cosine", plan.is_exact
 
     @register_jitable
     def pair(queries: Any, i: Any, corpus: Any, j: Any, values: Any) -> Any:
@@ -622,8 +655,57 @@ def _compiled(
             counts[i] = k
 
     @register_jitable
+    def largest_difference(queries: Any, i: Any, corpus: Any, j: Any, acc: Any, most: Any) -> Any:
+        """Return the largest difference of a pair in float64, whether it is exact, and a feature that has it.
+
+        One that is not below `most` will do. `acc` is the largest one as it was rounded, which it comes from.
+        """
+        n_features, first, count = queries.shape[1], queries.shape[1], 0
+        for f in range(n_features):  # in vectors, which a loop that may end before would not be
+            is_near = abs(queries[i, f] - corpus[j, f]) >= acc
+            count += is_near
+            first = min(first, f if is_near else n_features)
+        best, is_exact_value, place = 0.0, count > 0, 0  # NaN is near nothing
+        for f in range(first, n_features):
+            if abs(queries[i, f] - corpus[j, f]) >= acc:
+                value, rest = two_sum(np.float64(queries[i, f]), -np.float64(corpus[j, f]))
+                if abs(value) >= best:
+                    is_exact_value = rest == 0 and (is_exact_value or abs(value) > best)
+                    best, place = abs(value), f
+                count -= 1
+                if count == 0 or best >= most:
+                    break
+        return best, is_exact_value, place
+
+    @register_jitable
+    def exact_value(
+        queries: Any, i: Any, corpus: Any, j: Any, panel: Any, r: Any, acc: Any, most: Any, witnesses: Any, sums: Any
+    ) -> Any:
+        """Return the largest difference of a pair in float64, or `most` if it is not below that, and tell in `sums` if
+        rounding may decide which it is."""
+        first, place, value, at = i * WITNESSES, WITNESSES, most, np.int64(0)
+        for s in range(WITNESSES):
+            f = witnesses[first + s]
+            difference, rest = two_sum(np.float64(queries[i, f]), -np.float64(panel[f * width + r]))
+            if abs(difference) > most or (abs(difference) == most and rest == 0):
+                place, at = s, f
+                break
+        if place == WITNESSES:
+            value, is_exact_value, at = largest_difference(queries, i, corpus, j, acc, most)
+            if not is_exact_value and value <= most:
+                sums[i] = 1
+            if value < most:
+                return value
+        for s in range(min(place, WITNESSES - 1), 0, -1):
+            witnesses[first + s] = witnesses[first + s - 1]
+        witnesses[first] = at
+        return most
+
+    @register_jitable
     def limit(largest: Any, query_norm: Any, total: Any, error: Any) -> Any:
         """Return below which keys a row may have a value less than the largest that is given."""
+        if is_exact:
+            return np.nextafter(accumulator(largest), accumulator(np.inf))  # what is equal is looked at
         if key == "value":
             return largest
         if is_larger:
@@ -654,7 +736,7 @@ def _compiled(
     def knn(
         queries: Any, corpus: Any, first: Any, stop: Any, centre: Any, is_packed: Any, packed: Any, panels: Any,
         columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, sums: Any, limits: Any, out: Any, hits: Any,
-        row: Any, k: Any, values: Any, indices: Any, counts: Any,
+        witnesses: Any, row: Any, k: Any, values: Any, indices: Any, counts: Any,
     ) -> Any:  # fmt: skip
         n_queries, n_features = queries.shape
         n_groups = (n_features + depth - 1) // depth * (depth // group)
@@ -685,9 +767,17 @@ def _compiled(
                     while left:
                         r = trailing_zeros(left)
                         left &= left - 1
-                        acc = out[t * width + r]
-                        value = key_of(acc, column[r]) if is_filtered else value_of(acc, query_norm, norms[r])
-                        insert(k, values, indices, counts, i + t, begin + r - first, value, begin + r)
+                        acc, seen = out[t * width + r], begin + r - first
+                        if is_exact:
+                            most = values[i + t, kth] if seen >= filled else np.inf
+                            value = exact_value(
+                                queries, i + t, corpus, begin + r, panel, r, acc, most, witnesses, sums
+                            )  # fmt: skip
+                        elif is_filtered:
+                            value = key_of(acc, column[r])
+                        else:
+                            value = value_of(acc, query_norm, norms[r])
+                        insert(k, values, indices, counts, i + t, seen, value, begin + r)
                     largest = values[i + t, kth]
                     limits[i + t] = largest if is_filtered else limit(largest, query_norm, 0, 0.0)
         tear_down(tiles)
@@ -736,7 +826,7 @@ def _compiled(
         for i in range(len(values)):
             if counts[i] > k:
                 keep_smallest(values, indices, i, counts[i], k)
-            if is_float:
+            if is_float and not is_exact:
                 for t in range(k):
                     values[i, t] = pair(queries, i, corpus, indices[i, t], row)
             sort(values, indices, i, k)
@@ -779,7 +869,7 @@ def _compiled(
     def pairwise(
         queries: Any, corpus: Any, start: Any, stop: Any, centre: Any, is_packed: Any, packed: Any, panels: Any,
         columns: Any, corpus_norms: Any, query_norms: Any, shifts: Any, sums: Any, limits: Any, out: Any, hits: Any,
-        row: Any, result: Any,
+        witnesses: Any, row: Any, result: Any,
     ) -> None:  # fmt: skip
         n_queries, n_features = queries.shape
         n_groups = (n_features + depth - 1) // depth * (depth // group)
