@@ -30,8 +30,12 @@ PIECE_ELEMENTS = 1 << 20
 # Features of pairs that a thread takes at once, and below which a second thread is not worth starting.
 TASK_ELEMENTS, SMALL = 1 << 17, 1 << 20
 
-# Pairs whose exact values are held at once, at the most, and the bytes that one takes, of all that may be nearest too.
-EXACT_PAIRS, PAIR_BYTES = 1 << 17, 96
+# Pairs whose exact values are held at once, at the most, and the bytes that one takes, of all that may be nearest too:
+# whole numbers of a thousand bits and more, and what they are made from.
+EXACT_PAIRS, PAIR_BYTES = 1 << 17, 640
+
+# Rows for which there is room, at the least, of all that may be nearest to one of several queries.
+LEAST_ROOM = 1 << 12
 
 # Components of an expansion: two hold most sums of float32, eight nearly anything.
 FEW_COMPONENTS, MANY_COMPONENTS = 2, 8
@@ -93,7 +97,7 @@ class Values:
     queries, corpus : (n, n_features) arrays
         As they were given.
     budget : int
-        Bytes to be held at the most; one query whose distances to all rows are equal may take more.
+        Bytes to be held at the most.
     exponent : int
         What distances and strings are of is the value times two to this power: of rows that were scaled.
 
@@ -109,7 +113,7 @@ class Values:
         self._is_exact = False  # whether float64 values are
         self._was_searched = False
         self._pairs = max(1, min(EXACT_PAIRS, budget // PAIR_BYTES))
-        self.group = max(1, budget // (PAIR_BYTES * len(self._corpus)))
+        self.group = max(1, budget // (2 * PAIR_BYTES * min(len(self._corpus), LEAST_ROOM)))
 
     def interval(self, values: Floats) -> tuple[Floats, Floats]:
         """Return between which values the exact ones lie of which float64 has these."""
@@ -137,7 +141,8 @@ class Values:
     def nearest(self, i: Array, k: int, known: Floats) -> tuple[list[Array], list[Floats]]:
         """Return for each of some queries the corpus rows that may be among the k nearest, and their values in float64.
 
-        All rows are looked at; those whose interval begins above the k-th smallest end of one are left out.
+        All rows are looked at; those whose interval begins above the k-th smallest end of one are left out. Where too
+        many are left, the k nearest of them are kept.
 
         Parameters
         ----------
@@ -156,7 +161,8 @@ class Values:
         queries = rows[places].astype(np.float64) * scales[:, None]
         lists, kept = [np.empty(0, np.int64) for _ in i], [np.empty(0) for _ in i]
         most = self.interval(known)[1]
-        step = max(1, min(self._corpus.piece, self._budget // (8 * (n_queries + 12))))
+        room = max(2 * k, self._budget // (2 * PAIR_BYTES * n_queries))
+        step = max(1, min(self._corpus.piece, room, self._budget // (8 * (n_queries + 12))))
         for part in slices(len(self._corpus), step):
             corpus, width = self._corpus.part(part), part.stop - part.start
             of_corpus, values = self._scales(corpus, np.arange(width)), np.empty((n_queries, width))
@@ -168,6 +174,10 @@ class Values:
                 lists[q], kept[q] = self._smallest(
                     np.concatenate([lists[q], found + part.start]), np.concatenate([kept[q], values[q, found]]), k
                 )
+                if len(lists[q]) > room:
+                    (nearest,), (of_nearest,), _ = self.first(i[q : q + 1], lists[q : q + 1], kept[q : q + 1], k)
+                    order = np.argsort(nearest)
+                    lists[q], kept[q] = nearest[order], of_nearest[order]
         return lists, kept
 
     def _not_above(self, values: Floats, limit: float) -> Array:

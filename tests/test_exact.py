@@ -188,6 +188,23 @@ def test_the_budget_holds(kind, rng):
     assert found.certificate.searched_again > 0
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("n_queries", [1, 3])
+def test_the_budget_holds_where_a_query_ties_with_all_rows(n_queries, metric, rng):
+    queries, corpus = permuted("float32", rng, 20_000, 7)
+    queries, budget = queries[:n_queries], 4 << 20
+    knn(queries, corpus[:20], 3, metric, backend="numba", accuracy="exact")  # compiles
+    tracemalloc.start()
+    try:
+        found = knn(queries, corpus, 3, metric, backend="numba", accuracy="exact", memory_budget=budget)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < budget
+    assert found.indices.tolist() == [[0, 1, 2]] * n_queries
+    assert found.certificate.searched_again == n_queries
+
+
 def test_a_budget_that_holds_nothing_is_refused(rng):
     queries, corpus = data("normal", "float32", 4, 50, 3, rng)
     with pytest.raises(OverBudgetError):
@@ -468,10 +485,10 @@ def test_a_bound_a_thousand_times_too_small_is_noticed(monkeypatch, rng):
         assert_exact(knn(queries, corpus, 3, backend="numpy", accuracy="exact"), queries, corpus, 3, "euclidean")
 
 
-def permuted(dtype, rng):
+def permuted(dtype, rng, n_corpus=300, n_features=30):
     """Return rows that are equally far from each query: what is summed is the same, and only its order differs."""
-    corpus = rng.permuted(np.repeat(rng.normal(size=(1, 30)), 300, axis=0), axis=1)
-    return np.repeat(rng.normal(size=(5, 1)), 30, axis=1).astype(dtype), corpus.astype(dtype)
+    corpus = rng.permuted(np.repeat(rng.normal(size=(1, n_features)), n_corpus, axis=0), axis=1)
+    return np.repeat(rng.normal(size=(5, 1)), n_features, axis=1).astype(dtype), corpus.astype(dtype)
 
 
 @pytest.mark.parametrize("metric", METRICS)
