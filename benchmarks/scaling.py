@@ -133,7 +133,7 @@ def on_dask(rounds: int, n_queries: int) -> None:
                     da.from_delayed(there, block.shape, block.dtype)
                     for there, block in zip(client.scatter(blocks), blocks, strict=True)
                 ]
-            )
+            ).persist()
             calls = {
                 "dask": lambda s=shards: distributed.knn(queries, s, K, "cityblock", backend="numba"),
                 "process": lambda: knn(queries, corpus, K, "cityblock", backend="numba"),

@@ -14,7 +14,7 @@ Dask is loaded on use; ``pip install 'knnbench[distributed]'``.
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -107,8 +107,11 @@ class Job:
         """Whether tasks must compute alike, or answers would depend on who computes."""
         return self.accuracy == "fast" and not self.space.is_integer
 
-    def search(self, queries: Array, shard: Array, first: int, name: str, centre: Array | None = None) -> List:
-        """Return the neighbours of queries in a shard, of whose rows `first` is the first in the corpus."""
+    def search(self, queries: Array, shard: Array, first: int, name: str, means: Sequence[Array | None] = ()) -> List:
+        """Return the neighbours of queries in a shard, of whose rows `first` is the first in the corpus.
+
+        Floats are centred about the mean of `means`, which are the same for all shards.
+        """
         if len(shard) == 0:
             # Exact values of floats are strings of bytes; any merge with others makes them as long as those.
             ranked = self.space.ranked if self.is_pinned or self.space.is_integer else np.dtype("S1")
@@ -120,7 +123,7 @@ class Job:
             with held(self.settings):
                 ranked, indices = search_block(
                     queries, shard, self.k, first, self.metric, backend=backend, accuracy=self.accuracy,
-                    memory_budget=self.memory_budget, check_finite=self.check_finite, centre=centre,
+                    memory_budget=self.memory_budget, check_finite=self.check_finite, centre=_centre(means),
                 )  # fmt: skip
         except InvalidInputError as error:
             raise InvalidInputError(f"in {name}, whose first row is {first:,} of the corpus: {error}") from None
@@ -130,11 +133,11 @@ class Job:
         """Return the nearest of several lists; the order of the lists does not matter, nor that one comes twice."""
         return functools.reduce(lambda first, second: merge_topk(first, second, self.k), lists)
 
-    def finish(self, merged: List) -> List:
-        """Return distances and indices of a list that is complete."""
+    def finish(self, lists: list[List]) -> List:
+        """Return distances and indices of the nearest of the lists that are left."""
         backend = self.backend if self.backend != "auto" else "numpy"
-        distances = finish_ranked(merged[0], self.metric, self.dtype, self.n_features, backend, self.accuracy)
-        return distances, merged[1]
+        ranked, indices = self.merge(lists)
+        return finish_ranked(ranked, self.metric, self.dtype, self.n_features, backend, self.accuracy), indices
 
 
 @functools.lru_cache(maxsize=256)
@@ -236,9 +239,8 @@ def knn(
         )
     cluster = _Cluster(client)
     job = _job(blocks, corpus, k, metric, backend, accuracy, memory_budget, check_finite, threads, cluster)
-    lists = _lists(job, blocks, corpus, cluster, dask)
     finish = dask.delayed(Job.finish, pure=True)
-    parts = [finish(job, merged) for merged in lists]
+    parts = [finish(job, lists) for lists in _lists(job, blocks, corpus, dask)]
     if compute:
         with cluster.large_graphs():
             found = cluster.compute(parts)
@@ -469,39 +471,39 @@ def _sample(shard: Array, space: Space) -> Array | None:
     return centre_of(shard, space) if len(shard) else None
 
 
-def _centre(means: list[Array | None]) -> Array | None:
+def _centre(means: Sequence[Array | None]) -> Array | None:
     """Return the mean of some shards' centres, in an order that is always the same."""
     known = [mean for mean in means if mean is not None]
     return np.mean(known, axis=0, dtype=np.float64).astype(known[0].dtype) if known else None
 
 
-def _lists(job: Job, queries: Any, corpus: Any, cluster: _Cluster, dask: Any) -> list[Any]:
-    """Return the merged list of each block of queries, to be computed."""
+def _lists(job: Job, queries: Any, corpus: Any, dask: Any) -> list[list[Any]]:
+    """Return the few lists of each block of queries that `Job.finish` takes, to be computed."""
     token = dask.base.tokenize(job, queries.name, corpus.name)
     search, merge = dask.delayed(Job.search, pure=True), dask.delayed(Job.merge, pure=True)
     shards = corpus.to_delayed().ravel()
     starts = np.cumsum((0, *corpus.chunks[0]))
     space = job.space
-    centre = None
+    means: list[Any] = []
     if job.is_pinned:
         chosen = shards[:: -(-len(shards) // CENTRE_SHARDS)]
         sample = dask.delayed(_sample, pure=True)
-        centre = dask.delayed(_centre, pure=True)([sample(shard, space) for shard in chosen])
-    merged = []
+        means = [sample(shard, space) for shard in chosen]
+    left = []
     for i, block in enumerate(queries.to_delayed().ravel()):
         lists = [
             search(
-                job, block, shard, int(starts[j]), f"chunk {j}", centre,
+                job, block, shard, int(starts[j]), f"chunk {j}", means,
                 dask_key_name=f"knnbench-search-{token}-{i}-{j}",
             )
             for j, shard in enumerate(shards)
         ]  # fmt: skip
         level = 0
-        while len(lists) > 1:
+        while len(lists) > SPLIT_EVERY:
             lists = [
                 merge(job, lists[part], dask_key_name=f"knnbench-merge-{token}-{i}-{level}-{part.start}")
                 for part in slices(len(lists), SPLIT_EVERY)
             ]
             level += 1
-        merged.append(lists[0])
-    return merged
+        left.append(lists)
+    return left
