@@ -305,7 +305,7 @@ def _select(task: Task, block: slice, step: int, parts: list[slice], count: int,
         indices, floor = np.empty((n_queries, min(count, n_rows)), np.int64), np.full(n_queries, np.inf)
         for some in slices(n_queries, step):
             rows = slice(block.start + some.start, block.start + some.stop)
-            with limited_blas():
+            with limited_blas(task.engine.calls_blas):
                 found = task.engine.candidates(
                     task.native(rows), packed, indices.shape[1], task.space, task.budget_left
                 )

@@ -428,7 +428,7 @@ path, kind, budget, backend = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.ar
 corpus = np.load(path, mmap_mode="r")
 rng = np.random.default_rng(0)
 queries = rng.integers(0, 256, (300, corpus.shape[1])).astype(np.float32 if kind == "float32" else corpus.dtype)
-knn(queries[:5], corpus[:100], 10, backend=backend, memory_budget=budget)  # compiles
+knn(queries, corpus[:500], 10, backend=backend, memory_budget=budget)  # compiles what so many rows take
 before, peak, stop = anonymous(), 0, False
 
 import threading
