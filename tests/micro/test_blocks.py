@@ -90,7 +90,7 @@ def test_tiles_knn(benchmark, case):
 
     def search():
         lists = kernels.lists(len(queries), K, len(corpus))
-        kernels.knn(*inputs, 0, 0, len(corpus), 0.0, *workspace, K, *lists)
+        kernels.knn(*inputs, 0, len(corpus), *workspace, K, *lists)
         kernels.order(*inputs, workspace.values, K, *lists, values, indices)
 
     timed(benchmark, search)
