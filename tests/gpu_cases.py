@@ -398,8 +398,11 @@ def test_a_case_is_measured_with_its_copies_apart(op, tmp_path):
 def test_operations_are_those_of_known_ceilings_of_a_device(metric, dtype):
     found = get_backend(BACKEND).operations(Space(METRICS[metric], np.dtype(dtype), 20), "knn")
     assert all(PROBES[name].device == "cuda" and count > 0 for name, count in found.items())
-    if BACKEND == "torch-cuda" and dtype == "uint8" and METRICS[metric].integer.from_dot:
-        assert found == {"cuda-gemm-int8": 1}
+    if dtype == "uint8" and METRICS[metric].integer.from_dot:
+        products = {"numba-cuda": "cuda-dot-uint8", "cupy": "cuda-matrix-int8", "torch-cuda": "cuda-gemm-int8"}
+        assert found == {products[BACKEND]: 1}
+    elif dtype == "uint8" and metric == "cityblock" and BACKEND != "torch-cuda":
+        assert found == {"cuda-sad-uint8": 1}
 
 
 @pytest.mark.skipif(BACKEND != "cupy", reason="of CuPy only")

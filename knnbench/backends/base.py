@@ -18,7 +18,7 @@ from knnbench.blocking import BUDGET_VARIABLE, chunk_rows, slices
 from knnbench.bounds import Floats, direct_floor
 from knnbench.dtypes import COMPUTED, Array
 from knnbench.errors import OverBudgetError, UnsupportedError
-from knnbench.metrics import METRICS, Space
+from knnbench.metrics import METRICS, Space, add_absolute
 
 from .linear import HOST_ELEMENTS, ArrayLoss, LinearLoss
 
@@ -35,12 +35,16 @@ __all__ = [
     "Native",
     "PeerSearch",
     "Scan",
+    "byte_operations",
     "float_operations",
     "scan_rows",
 ]
 
 # The array type of a backend's own library.
 Native = Any
+
+# What adds differences of four bytes at once on CUDA, by the scalar function of a metric.
+BYTE_SUMS: dict[Callable[..., Any], str] = {add_absolute: "cuda-sad-uint8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,6 +394,14 @@ def float_operations(device: str, space: Space, *, product: bool, dtype: str = "
     own = "float32" if space.is_integer else str(space.dtype)
     prefix = "" if device == "cpu" else f"{device}-"
     return {prefix + name: count for name, count in space.operations(dtype or own, product=product).items()}
+
+
+def byte_operations(space: Space, product: str) -> dict[str, float]:
+    """Return what a CUDA kernel of uint8 takes of the unit that adds four bytes at once, `product` if it multiplies."""
+    if space.accumulator != np.int32:
+        return {}  # they are taken one by one
+    unit = product if space.form.from_dot else BYTE_SUMS.get(space.form.accumulate)
+    return {unit: 1.0} if unit else {}
 
 
 def scan_rows(xp: Any, rows: Native, *, finite: bool, zero: bool, dtype: np.dtype[Any] | None = None) -> Scan:

@@ -29,7 +29,7 @@ from knnbench.kernels.cuda_source import (
 )
 from knnbench.metrics import Space
 
-from .base import Capabilities, Native, Scan, float_operations, scan_rows
+from .base import Capabilities, Native, Scan, byte_operations, float_operations, scan_rows
 from .blockwise import CENTRE_OF_UINT8, SPARE, BlockCorpus, Blocks, BlockSearch, BlockwiseBackend
 from .linear import DEVICE_ELEMENTS, ArrayLoss, LinearLoss
 from .upload import Lane, Uploader
@@ -123,10 +123,10 @@ class CupyBackend(BlockwiseBackend):
         return space.form.finish(cupy, wide).astype(space.output, copy=False)
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
-        """Return those of the products, or of the direct form on floats; uint8 neighbours take other units."""
-        if space.is_integer and (op == "knn" or space.form.from_dot is None):
-            return {}
-        return float_operations("cuda", space, product=True)
+        """Return those of the products, or of the direct form on floats; neighbours of bytes take other units."""
+        if not space.is_integer or (op != "knn" and space.form.from_dot):
+            return float_operations("cuda", space, product=True)
+        return byte_operations(space, "cuda-matrix-int8") if op == "knn" else {}
 
     def stopwatch(self) -> Callable[[], float | None]:
         """Record an event on the current stream, and another at the stop."""
