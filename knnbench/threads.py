@@ -7,7 +7,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -73,13 +73,14 @@ def pinned_environment(threads: int) -> dict[str, str]:
 
 # Threads that wait for tasks: starting one takes 0.15 ms, and it may begin on a busy CPU. Waiting takes no time, and a
 # process that is forked from this one, which has none of them, starts its own.
+NAME = "knnbench"
 _waiting: ThreadPoolExecutor | None = None
 _making = threading.Lock()
 
 
 def _forget_threads() -> None:
-    global _waiting, _making
-    _waiting, _making = None, threading.Lock()
+    global _waiting, _making, _moving
+    _waiting, _making, _moving = None, threading.Lock(), threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -92,6 +93,10 @@ def _cpu_asker() -> Callable[[], int] | None:
     return getattr(ctypes.PyDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 
 
+# Held while the CPUs of threads are changed, which is to be taken back before another change.
+_moving = threading.RLock()
+
+
 def leave_cpu(busy: int) -> None:
     """Move this thread to another CPU of its mask if it runs on one that is busy.
 
@@ -99,56 +104,56 @@ def leave_cpu(busy: int) -> None:
     Linux does not look for an idle one, and both threads took turns on one CPU for seconds.
     """
     ask = _cpu_asker()
-    if ask is None or ask() != busy:
+    if ask is None or ask() != busy or not _moving.acquire(blocking=False):
         return
-    allowed = os.sched_getaffinity(0)
-    if len(allowed) > 1:
-        os.sched_setaffinity(0, allowed - {busy})
-        os.sched_setaffinity(0, allowed)
+    try:
+        with suppress(OSError):  # it is only a hint
+            allowed = os.sched_getaffinity(0)
+            if len(allowed) > 1:
+                os.sched_setaffinity(0, allowed - {busy})
+                os.sched_setaffinity(0, allowed)
+    finally:
+        _moving.release()
 
 
 @contextmanager
 def kept_apart() -> Iterator[None]:
-    """Keep this process's other threads off the CPU of this one, if there is another.
+    """Keep the threads of libraries, and those that wait for tasks, off the CPU of this one, if there is another.
 
     They begin elsewhere then for a while, which those that measure want: where Linux does not look for an idle CPU
     (`leave_cpu`), threads of OpenMP's pools that begin on this one's made calls of 0.06 ms take 8 ms, for seconds.
-    Threads that are started inside are not held.
+    Other threads of Python are left alone, and nothing is done while another thread is inside.
     """
     ask, held = _cpu_asker(), {}
-    if ask is not None:
-        busy, own = ask(), threading.get_native_id()
-        for thread in map(int, os.listdir("/proc/self/task")):
-            with suppress(OSError):  # one that has ended
-                allowed = os.sched_getaffinity(thread)
-                if thread != own and len(allowed) > 1:
-                    os.sched_setaffinity(thread, allowed - {busy})
-                    held[thread] = allowed
+    if ask is None or not _moving.acquire(blocking=False):
+        yield
+        return
     try:
+        busy = ask()
+        others = {thread.native_id for thread in threading.enumerate() if not thread.name.startswith(NAME)}
+        with suppress(OSError):
+            for thread in {*map(int, os.listdir("/proc/self/task"))} - others - {threading.get_native_id()}:
+                with suppress(OSError):  # one that has ended
+                    allowed = os.sched_getaffinity(thread)
+                    if len(allowed) > 1:
+                        held[thread] = allowed
+                        os.sched_setaffinity(thread, allowed - {busy})
         yield
     finally:
         for thread, allowed in held.items():
             with suppress(OSError):
                 os.sched_setaffinity(thread, allowed)
+        _moving.release()
 
 
-def _hand_out(work: Callable[[], None], threads: int) -> list[Future[None]]:
-    """Give `work` to so many waiting threads; to none while the interpreter ends, which starts no more."""
+def _hand_out(work: Callable[[], None], threads: int) -> None:
+    """Give `work` to so many waiting threads, as far as there are or can be: none is started while Python ends."""
     global _waiting
-    ask = _cpu_asker()
-    busy = ask() if ask else -1
-
-    def elsewhere() -> None:
-        leave_cpu(busy)
-        work()
-
-    with _making:
+    with _making, suppress(RuntimeError):
         if _waiting is None:
-            _waiting = ThreadPoolExecutor(available_cpus(), "knnbench")
-        try:
-            return [_waiting.submit(elsewhere) for _ in range(threads)]
-        except RuntimeError:
-            return []
+            _waiting = ThreadPoolExecutor(os.cpu_count(), NAME)
+        for _ in range(threads):
+            _waiting.submit(work)
 
 
 def run_tasks(task: Callable[[Any], Any], pieces: Iterable[Any], threads: int) -> None:
@@ -178,14 +183,47 @@ def run_tasks(task: Callable[[Any], Any], pieces: Iterable[Any], threads: int) -
                 raise
 
     others = min(threads, len(left)) - 1
-    given = _hand_out(work, others) if others > 0 else []
-    try:
+    if others < 1:
         work()
-    finally:
-        begun = [future for future in given if not future.cancel()]
-        errors = [future.exception() for future in begun]
-    for error in filter(None, errors):
-        raise error
+        return
+    # Counted here and not by what the pool says: it may run what it could not promise to.
+    calm, running, is_over, errors = threading.Condition(), 0, False, []
+    ask = _cpu_asker()
+    busy = ask() if ask else -1
+
+    def elsewhere() -> None:
+        nonlocal running
+        with calm:
+            if is_over:
+                return
+            running += 1
+        try:
+            leave_cpu(busy)
+            work()
+        except BaseException as error:  # raised where the call is
+            errors.append(error)
+        finally:
+            with calm:
+                running -= 1
+                calm.notify_all()
+
+    try:
+        _hand_out(elsewhere, others)
+        work()
+    except BaseException as error:
+        left.clear()
+        errors.append(error)
+    while True:
+        try:
+            with calm:
+                is_over = True
+                calm.wait_for(lambda: not running)
+            break
+        except KeyboardInterrupt as error:
+            left.clear()
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 class SharedSetting:

@@ -17,6 +17,7 @@ import pytest
 from llvmlite import binding, ir
 
 from knnbench import InvalidInputError, UnsupportedError, knn, pairwise, prepare
+from knnbench.backends import get_backend
 from knnbench.kernels import cpu_probes, cpu_tiles
 from knnbench.kernels.cpu_loops import (
     LIST_LANES,
@@ -44,6 +45,7 @@ from knnbench.kernels.cpu_tiles import (
     filter_of,
     kept_rows,
     plan_of,
+    tile_kernels,
 )
 from knnbench.metrics import METRICS, Space
 
@@ -314,9 +316,52 @@ def test_a_filter_gives_up_where_norms_overflow(metric, rng):
     corpus = ((10 + rng.normal(size=(2000, 64)) * 1e-3) * scale).astype(np.float32)
     assert filtered(corpus[:8], corpus, 3, metric, np.zeros(64, np.float32), 1e-6) is None
     # The search as a whole goes on by the direct form.
-    distances, indices = knn(corpus[:8], corpus, 1, metric, backend="numba")
+    distances, indices = knn(corpus[:8], prepare(corpus, metric, backend="numba"), 1)
     assert (distances == 0).all()
     assert (indices[:, 0] == range(8)).all()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.9])
+def test_queries_in_doubt_are_searched_again(share, rng, monkeypatch):
+    module = sys.modules["knnbench.backends.numba"]
+    monkeypatch.setattr(module, "TASK_QUERIES", 64)
+    searched = []
+    search = module._Search._search
+    monkeypatch.setattr(
+        module._Search,
+        "_search",
+        lambda self, block, *args: (searched.append(len(block)), search(self, block, *args))[1],
+    )
+    corpus = rng.normal(size=(4000, 64)).astype(np.float32)
+    corpus[:60] = corpus[0]  # more equal rows than are kept
+    queries = rng.normal(size=(500, 64)).astype(np.float32)
+    queries[rng.random(500) < share] = corpus[0]
+    distances, indices = knn(queries, prepare(corpus, "sqeuclidean", backend="numba"), 3)
+    expected_values, expected_indices = direct(queries, corpus, 3, "sqeuclidean")
+    assert_identical(distances, expected_values)
+    assert_identical(indices, expected_indices)
+    n_equal = int((queries == corpus[0]).all(axis=1).sum())
+    assert n_equal <= sum(searched) < (2 * n_equal if share < 0.5 else 501)
+    assert max(searched) < 64 if share < 0.5 else max(searched) == 64
+
+
+def test_a_filter_knows_what_underflows(rng):
+    scale = np.float32(5e-23)  # of which squares are a few of the smallest numbers
+    queries, corpus = (rng.normal(size=(n, 64)).astype(np.float32) * scale for n in (200, 6000))
+    in_doubt, values, indices = filtered(
+        queries, corpus, 5, "sqeuclidean", np.zeros(64, np.float32), declared("sqeuclidean", np.float32, 64)
+    )
+    expected_values, expected_indices = direct(queries[~in_doubt], corpus, 5, "sqeuclidean")
+    assert_identical(values, expected_values)
+    assert_identical(indices, expected_indices)
+
+
+def test_operations_are_those_of_the_filter():
+    for metric, operation in (("euclidean", "product"), ("cityblock", "larger")):
+        space = Space(METRICS[metric], np.dtype(np.float32), 128)
+        assert tile_kernels(space, filtered=True).plan.panels.operation.name == f"{operation}-float32"
+        assert get_backend("numba").operations(space, "knn") == {"fma-float32": 1}
+        assert get_backend("numba").operations(space, "pairwise") == {"add-float32": 1, "fma-float32": 1}
 
 
 # --- lists of the nearest

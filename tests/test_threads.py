@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 import threading
+import time
 import warnings
 from contextlib import contextmanager
 
@@ -12,10 +13,12 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from knnbench import InvalidInputError, knn
+from knnbench import threads as module
 from knnbench.threads import (
     THREADS_VARIABLE,
     SharedSetting,
     available_cpus,
+    kept_apart,
     leave_cpu,
     limited_blas,
     run_tasks,
@@ -147,12 +150,12 @@ def test_the_first_error_of_a_task_ends_all():
         if piece == 3:
             raise ZeroDivisionError(piece)
 
-    for threads in (1, 4):
+    for n_threads in (1, 4):
         begun.clear()
         with pytest.raises(ZeroDivisionError):
-            run_tasks(task, range(1000), threads)
+            run_tasks(task, range(1000), n_threads)
         assert len(begun) < 1000
-        run_tasks(begun.append, range(3), threads)  # and the threads are there for others
+        run_tasks(begun.append, range(3), n_threads)  # and the threads are there for others
 
 
 def test_an_error_in_another_thread_is_raised():
@@ -173,6 +176,71 @@ def test_tasks_inside_tasks_end():
     done = []
     run_tasks(lambda _: run_tasks(done.append, range(5), 4), range(8), 4)
     assert sorted(done) == sorted([*range(5)] * 8)
+
+
+def test_a_thread_that_cannot_be_started_is_done_without(monkeypatch):
+    class Broken(module.ThreadPoolExecutor):
+        n_given = 0
+
+        def submit(self, function):
+            Broken.n_given += 1
+            if Broken.n_given > 1:
+                super().submit(function)  # which may run it all the same
+                raise RuntimeError("can't start new thread")
+            return super().submit(function)
+
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Broken)
+    monkeypatch.setattr(module, "_waiting", None)
+    done = []
+    run_tasks(lambda piece: (time.sleep(0.01), done.append(piece)), range(20), 4)
+    assert sorted(done) == list(range(20))
+
+
+def test_nothing_runs_after_ctrl_c(monkeypatch):
+    running, caller = [], threading.get_ident()
+    inside = threading.Event()
+
+    def task(piece):
+        if threading.get_ident() == caller:
+            assert inside.wait(10)
+            raise KeyboardInterrupt
+        running.append(piece)
+        inside.set()
+        time.sleep(0.2)
+        running.remove(piece)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(task, range(10), 2)
+    assert not running
+
+
+def test_a_hint_that_is_refused_is_no_error(monkeypatch):
+    def refuse(*args):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
+    monkeypatch.setattr(module, "_cpu_asker", lambda: lambda: 0)
+    done = []
+    run_tasks(done.append, range(8), 2)
+    with kept_apart():
+        pass
+    assert sorted(done) == list(range(8))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or available_cpus() < 2, reason="needs two CPUs of Linux")
+def test_threads_of_libraries_are_kept_apart_for_a_while():
+    run_tasks(lambda _: time.sleep(0.01), range(4), 2)  # a thread that waits for tasks
+    waiting = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("knnbench")]
+    allowed, other = os.sched_getaffinity(0), threading.Thread(target=time.sleep, args=(1,))
+    other.start()
+    with kept_apart():
+        assert all(len(os.sched_getaffinity(thread)) == len(allowed) - 1 for thread in waiting)
+        assert os.sched_getaffinity(other.native_id) == os.sched_getaffinity(0) == allowed
+        with kept_apart():
+            pass
+    assert waiting
+    assert all(os.sched_getaffinity(thread) == allowed for thread in waiting)
+    other.join()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

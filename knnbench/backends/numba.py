@@ -227,7 +227,7 @@ class NumbaBackend(HostBackend):
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return the instruction of the kernel's inner loop, where one is known to bind it."""
-        is_filtered = op == "knn" and _filter(space, 1, 8) is not None
+        is_filtered = op == "knn" and _filter(space, 1, 1 << 20) is not None  # of many rows, which are what is measured
         return CEILINGS_OF.get(tile_kernels(space, filtered=is_filtered).plan.panels.operation.name, {})
 
 
@@ -264,10 +264,10 @@ class _Search:
             lists, norms, row = direct.lists(n_queries, k, part.stop - part.start), *direct.few(n_queries)
             direct.knn_rows(block, corpus, part.start, part.stop, norms, row, k, *lists)
             direct.order(block, corpus, row, k, *lists, ranked, nearest)
-        elif self._filtering is None:
+        elif (filtering := self._filtering) is None:
             self._search(block, part, ranked, nearest)
         else:
-            left = self._filter(self._filtering, block, part, ranked, nearest)
+            left = self._filter(filtering, block, part, ranked, nearest)
             if len(left):
                 some = np.empty((len(left), k), ranked.dtype), np.empty((len(left), k), np.int64)
                 self._search(block[left], part, *some)
@@ -291,9 +291,10 @@ class _Search:
         lists = kernels.lists(n_queries, kept, n_rows)
         centre = self._prepared.centre if panels is None else None
         work = kernels.workspace(n_queries, self._space.n_features, centre, panels)
+        in_doubt = np.ones(n_queries, np.bool_)
         if not kernels.knn(block, corpus, part.start, part.stop, *work, kept, *lists):
-            return np.arange(n_queries)
-        in_doubt = np.empty(n_queries, np.bool_)
+            self._filtering = None  # norms overflow, of other queries too
+            return np.flatnonzero(in_doubt)
         kernels.prove(
             block, corpus, n_rows, self._error, work.query_norms, work.sums, work.values, k, kept, *lists, ranked,
             nearest, in_doubt,
@@ -328,10 +329,8 @@ class _Tasks:
             per_query += 16 * (list_room(k, n_corpus) + k) + space.dtype.itemsize * space.n_features
         per_tile, fixed = 2 * per_tile + height * per_query, 2 * fixed  # twice: filtered, and direct
         in_lists = k * (1 + math.log(n_corpus / k)) if k else 0.0  # of rows in any order
-        each = n_corpus * space.n_features * space.dtype.itemsize / 4
-        work = (
-            n_queries * (each + LIST_WORK * in_lists) + READ_WORK * n_corpus * space.n_features * space.dtype.itemsize
-        )
+        n_bytes = n_corpus * space.n_features * space.dtype.itemsize
+        work = n_queries * (n_bytes / 4 + LIST_WORK * in_lists) + READ_WORK * n_bytes
         threads = 1 if work < SMALL else max(1, min(thread_count(), budget // (fixed + per_tile)))
         # Threads share the queries, and each packs the whole corpus; or the corpus, and each keeps lists of its own,
         # which are merged, with some copies.

@@ -308,7 +308,7 @@ class TileKernels:
 
     plan: Plan
     ranked: np.dtype[Any]
-    knn: Callable[..., int]
+    knn: Callable[..., bool]
     knn_rows: Callable[..., None]
     order: Callable[..., None]
     prove: Callable[..., None]
@@ -497,6 +497,7 @@ def _compiled(
     needs_norms, is_filtered, is_larger = key != "value", plan.is_filter, key == "larger"
     # Of larger norms the sums could overflow.
     largest_norm = float(np.finfo(plan.panels.operation.accumulator).max) / 16 if is_float else 0.0
+    smallest = float(np.finfo(plan.panels.operation.accumulator).smallest_subnormal) if is_float else 0.0
     rank_uses_norms, is_exact = key == "cosine", plan.is_exact
 
     @register_jitable
@@ -702,7 +703,7 @@ def _compiled(
         return most
 
     @register_jitable
-    def limit(largest: Any, query_norm: Any, total: Any, error: Any) -> Any:
+    def limit(largest: Any, query_norm: Any, total: Any, error: Any, lost: Any) -> Any:
         """Return below which keys a row may have a value less than the largest that is given."""
         if is_exact:
             return np.nextafter(accumulator(largest), accumulator(np.inf))  # what is equal is looked at
@@ -718,7 +719,7 @@ def _compiled(
             return largest - query_norm
         # A row at most sqrt(kth) from a query is at most that much longer, which bounds its norm.
         kth, length = np.float64(largest), math.sqrt(np.float64(query_norm))
-        return kth - query_norm + error * (query_norm + (length + math.sqrt(kth)) ** 2 + kth)
+        return kth - query_norm + error * (query_norm + (length + math.sqrt(kth)) ** 2 + kth) + lost
 
     @register_jitable
     def key_of(acc: Any, column: Any) -> Any:
@@ -779,7 +780,7 @@ def _compiled(
                             value = value_of(acc, query_norm, norms[r])
                         insert(k, values, indices, counts, i + t, seen, value, begin + r)
                     largest = values[i + t, kth]
-                    limits[i + t] = largest if is_filtered else limit(largest, query_norm, 0, 0.0)
+                    limits[i + t] = largest if is_filtered else limit(largest, query_norm, 0, 0.0, 0.0)
         tear_down(tiles)
         return True
 
@@ -838,6 +839,7 @@ def _compiled(
         queries: Any, corpus: Any, n_rows: Any, error: Any, query_norms: Any, sums: Any, row: Any, k: Any, kept: Any,
         values: Any, indices: Any, counts: Any, ranked: Any, nearest: Any, in_doubt: Any,
     ) -> None:  # fmt: skip
+        lost = 4 * queries.shape[1] * smallest  # what products and squares that underflow add to the error
         for i in range(len(values)):
             held = counts[i]
             if held > kept:
@@ -846,19 +848,15 @@ def _compiled(
             if held >= MANY:
                 sort(values, indices, i, held)
             # The largest value of the first k, below which none that was left out may be.
-            largest, bound, last = -np.inf, 0.0, values[i, 0]
-            n_computed, in_doubt[i] = held, held < n_rows
+            largest, bound, n_computed, in_doubt[i] = -np.inf, 0.0, held, held < n_rows
             for t in range(held):
                 if t >= k and not values[i, t] < bound:
                     n_computed, in_doubt[i] = t, False
                     break
-                last = values[i, t]
                 values[i, t] = pair(queries, i, corpus, indices[i, t], row)
                 if t < k:
                     largest = max(largest, values[i, t])
-                    bound = limit(largest, query_norms[i], sums[i], error)
-            if in_doubt[i] and not last < bound:
-                in_doubt[i] = False
+                    bound = limit(largest, query_norms[i], sums[i], error, lost)
             if in_doubt[i]:
                 continue
             sort(values, indices, i, n_computed)

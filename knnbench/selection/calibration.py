@@ -115,7 +115,7 @@ def calibrate(
     ------
     Progress
     """
-    names = [name for name in backends or registry() if backend_status(name).ok]
+    names = [name for name in backends or registry() if backend_status(name).ok and _kinds(name)]
     rates: dict[tuple[str, str], float] = {}
     spent, done = 0.0, 0.0
     for half in (0, 1):  # the second sees another minute of a shared machine

@@ -137,4 +137,5 @@ def _least(function: Callable[[], float], seconds: float) -> tuple[float, float]
         times = [function()]
     while sum(times) < seconds and len(times) < 9:
         times.append(function())
-    return min(times), max(0.0, first - min(times))
+    least = min(first, *times)
+    return least, first - least

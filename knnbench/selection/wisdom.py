@@ -175,7 +175,7 @@ class Wisdom:
         self.own = _Lines()
         if path is not None and path.exists():
             self._read(path)
-        self._samples: dict[Group, list[Sample]] = {}
+        self._samples: dict[Group, list[Sample]] | None = None
         self._costs: dict[Group, dict[str, Cost]] = {}
         self._pooled: dict[Pool, dict[str, tuple[Cost | None, Cost | None]]] = {}
 
@@ -199,7 +199,7 @@ class Wisdom:
 
     def samples(self, group: Group) -> list[Sample]:
         """Return this machine's samples of a kind, of the versions installed."""
-        if not self._samples:
+        if self._samples is None:
             self._samples = by_group(self.fresh)
         return self._samples.get(group, [])
 
@@ -234,7 +234,8 @@ class Wisdom:
 
     def threads(self, group: Group) -> int:
         """Return the threads of the calls that the costs of a group are of."""
-        return thread_count() if self.samples(group) or not self._shipped(group) else self.shipped_threads
+        is_default = self._shipped(group) and not self._pool(pool_of(group))
+        return self.shipped_threads if is_default else thread_count()
 
     def source(self, group: Group) -> str:
         """Return where the costs of a group come from."""
@@ -260,7 +261,7 @@ class Wisdom:
     def _costs_of(self, pool: Pool) -> dict[str, tuple[Cost | None, Cost | None]]:
         """Return, by quantity, the cost from here, and from the defaults, corrected by what was measured here."""
         if pool not in self._pooled:
-            self._pooled[pool] = {}
+            found: dict[str, tuple[Cost | None, Cost | None]] = {}
             shipped = list(self.shipped.samples.get(pool, {}).values())
             for quantity in QUANTITIES:
                 own = [sample for sample in self._pool(pool) if quantity in sample.seconds][-MOST_SAMPLES:]
@@ -270,7 +271,8 @@ class Wisdom:
                     here = _cost(quantity, own, self.own.fits.get(pool, {}))
                 if defaults:
                     default = _cost(quantity, defaults, self.shipped.fits.get(pool, {}), own)
-                self._pooled[pool][quantity] = here, default
+                found[quantity] = here, default
+            self._pooled[pool] = found  # whole, for other threads
         return self._pooled[pool]
 
     def error(self, backend: str, metric: str, dtype: str) -> dict[str, Any] | None:
@@ -296,7 +298,7 @@ class Wisdom:
             fits = list(self._fits())
             self.own.take(fits)
             new += fits
-        self._samples.clear()
+        self._samples = None
         self._costs.clear()
         self._pooled.clear()
         if new and self.path is not None:
