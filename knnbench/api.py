@@ -238,6 +238,7 @@ def pairwise(
             found = task.engine.to_numpy(task.pairwise(block, packed))
             result = np.empty(shape, found.dtype) if result is None else result
             result[block, part] = found
+        del packed  # before there is another
     return task.answer(result)
 
 
@@ -279,7 +280,8 @@ def knn(
     checkpoint : path_like, optional
         A file that keeps what was found, written every 20 seconds or less often, and removed at the end. A search that
         was killed goes on from it when it is started again with the same arguments; a corpus given as an iterator is
-        read from its beginning, and not searched again.
+        read from its beginning, and not searched again. Not for a corpus that is prepared in
+        memory or lies on a device.
     progress : callable, optional
         Called with the rows searched and n_corpus (None if not known) after each block.
 
@@ -323,6 +325,12 @@ def knn(
     queries = queries if streamed is None else streamed.rows
     if not isinstance(corpus, Prepared):
         corpus = as_corpus(corpus, whole=checkpoint is None and progress is None)
+    if checkpoint is not None and not isinstance(corpus.rows if isinstance(corpus, Prepared) else corpus, Stream):
+        kind = "prepared in memory" if isinstance(corpus, Prepared) else "on a device"
+        raise InvalidInputError(
+            f"checkpoint is given and the corpus is {kind}; expected one on the host that is read block by block: an "
+            f"array, a numpy.memmap, the path of a .npy file, a Dask array or an iterable of blocks."
+        )
     kept = None if checkpoint is None else Checkpoint(checkpoint)
     if backend == "auto" and kept is not None and kept.header is not None:
         backend = kept.header["job"].get("backend", backend)

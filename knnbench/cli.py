@@ -397,7 +397,8 @@ def _on_device(names: list[str], device: str, *, named: bool) -> list[str]:
     """Return those of the backends that compute on a device, all of them if none is asked for."""
     if not device:
         return names
-    _known(device, DEVICES, "--device")
+    if device not in DEVICES:
+        raise InvalidInputError(f"--device is {device!r}; expected one of: {', '.join(DEVICES)}.")
     found = backends_on(device)
     others = [name for name in names if name not in found]
     if others and named:

@@ -2,7 +2,7 @@
 
 Arrays on a CUDA device are told by ``__cuda_array_interface__``, which CuPy, PyTorch (for CUDA tensors
 only) and numba's device arrays share, and are handed from one to another by it without a copy. What takes an array
-waits, on the device, for the stream that the array's library works on in this thread.
+waits for the stream that the array's library works on in this thread.
 """
 
 import importlib
@@ -126,7 +126,7 @@ def take(library: str, array: Any) -> Any:
 
     What that library then does in this thread comes after what was done to the array: on the stream that the array
     names (version 3 of the interface), or else on the one that its own library works on in this thread. The host does
-    not wait, unless the library that takes it has no other way (numba waits for that one stream).
+    not wait, unless the library that takes it does so by itself (numba and CuPy wait for that one stream).
     """
     if _name(array) == library:
         return array

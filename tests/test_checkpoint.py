@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knnbench import CheckpointError, InvalidInputError, checkpoint, knn
+from knnbench import CheckpointError, InvalidInputError, checkpoint, knn, prepare
 from knnbench.checkpoint import STRIDE, Checkpoint, Progress, RowDigest
 
 from ._checks import assert_identical
@@ -341,10 +341,13 @@ def test_queries_in_blocks_have_no_checkpoint(data, tmp_path):
         knn([queries], corpus, K, checkpoint=tmp_path / "job")
 
 
-def test_a_prepared_corpus_in_memory_is_one_block(data, tmp_path):
-    from knnbench import prepare
-
+def test_a_corpus_that_is_not_read_in_blocks_has_no_checkpoint(data, tmp_path):
     queries, corpus = data
-    answer, calls = resumed(queries, prepare(corpus), tmp_path / "job")
-    assert_same(answer, knn(queries, corpus, K))
-    assert calls == [len(corpus)]
+    path = tmp_path / "job"
+    path.write_bytes(b"of another job")
+    for accuracy in ("fast", "exact"):
+        with pytest.raises(
+            InvalidInputError, match=r"checkpoint is given and the corpus is prepared in memory; expected"
+        ):
+            knn(queries, prepare(corpus, accuracy=accuracy), K, checkpoint=path)
+    assert path.read_bytes() == b"of another job"

@@ -503,7 +503,8 @@ def test_a_random_search_with_another_seed_is_checked_after_the_timed_calls(tmp_
     (case,) = measure.make_cases("digits", (), ops=["random-search"], n_queries=40, options={"n_train": 300})
     X, y = case.load_samples()
     path = tmp_path / "losses.json"
-    losses = reference.reference_losses(X, y, 0, worker.CHECKED_ITERATIONS, step_size=1e-4, init_scale=1e-3)
+    scales, n_classes = {"step_size": 1e-4, "init_scale": 1e-3}, int(y.max()) + 1
+    losses = reference.reference_losses(X, y, n_classes, 0, worker.CHECKED_ITERATIONS, **scales)
     path.write_text(json.dumps({300: losses.tolist()}))
     opened = worker._Search("numpy", worker.Opening(case, 0.05, str(path), str(path)))
     assert opened.open()["status"] == "ok"
@@ -544,7 +545,7 @@ def test_the_reference_of_searches_is_the_definition():
         expected.append(np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[[0, 1], y]))
         if expected[-1] == min(expected):
             W, b = candidate
-    found = reference.reference_losses(X, y, 3, 2, step_size=0.1, init_scale=1e-3)
+    found = reference.reference_losses(X, y, int(y.max()) + 1, 3, 2, step_size=0.1, init_scale=1e-3)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 

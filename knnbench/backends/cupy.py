@@ -214,7 +214,7 @@ class CupyBackend(BlockwiseBackend):
         copy_bytes = math.gcd(CHUNK, row_bytes, queries.data.ptr, corpus.data.ptr)
         search = search_of(space, n_queries=n_queries, direct=direct, copy_bytes=copy_bytes)
         assert search is not None
-        n_corpus, part_rows = len(corpus), blocks.corpus
+        n_corpus, part_rows, device = len(corpus), blocks.corpus, cupy.cuda.Device().id
         n_parts = -(-n_corpus // part_rows)
         lists = n_parts, k + search.tile_corpus, n_queries
         keys, rows = cupy.empty(lists, search.key), cupy.empty(lists, np.uint32)
@@ -223,7 +223,7 @@ class CupyBackend(BlockwiseBackend):
         if prepared.own_norms is not None:
             norms = block.own_norms, prepared.own_norms, prepared.columns
         start(
-            kernel(search.source, "search", search.shared_bytes),
+            kernel(search.source, "search", search.shared_bytes, device),
             (-(-n_queries // search.tile_queries), n_parts),
             search.tile.threads,
             (queries, corpus, *norms, keys, rows),
@@ -233,7 +233,7 @@ class CupyBackend(BlockwiseBackend):
         values, indices = cupy.empty((n_queries, k), space.ranked), cupy.empty((n_queries, k), np.int64)
         threads, size = merge_shape(n_parts * k)
         start(
-            kernel(search.source, "merge", MERGED * search.pair_bytes),
+            kernel(search.source, "merge", MERGED * search.pair_bytes, device),
             (n_queries,),
             threads,
             (keys, rows, values, indices),
@@ -335,10 +335,11 @@ def start(
 
 
 @functools.cache
-def kernel(source: str, name: str, shared_bytes: int) -> Any:
+def kernel(source: str, name: str, shared_bytes: int, device: int) -> Any:
     """Return a kernel that may be started with so much shared memory: more than 48 KiB must be asked for.
 
-    That is the kernel's, whoever starts it: each is always to be asked for with the same number.
+    That is the kernel's on the current device, whose number is given, whoever starts it: each is always to be asked for
+    with the same number of bytes.
     """
     function = _module(source).get_function(name)
     function.max_dynamic_shared_size_bytes = shared_bytes

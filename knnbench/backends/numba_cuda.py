@@ -259,7 +259,7 @@ class DeviceLoss(LinearLoss):
 
     def __init__(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> None:
         super().__init__()
-        self._dtype, self._n_features = dtype, X.size
+        self._dtype, self._n_values = dtype, X.size
         self._samples = [cuda.to_device(np.ascontiguousarray(array)) for array in (X, y, sample_weight)]
         self._blocks = cuda_linear.sample_blocks(len(X))
 
@@ -268,7 +268,7 @@ class DeviceLoss(LinearLoss):
         models = cuda.to_device(np.ascontiguousarray(W)), cuda.to_device(b.astype(np.float64))
         sums = cuda.device_array((len(W), self._blocks), np.float64)
         cuda_linear.launch_losses(self._dtype, *self._samples, *models, sums)
-        self.operations[f"cuda-fma-{self._dtype}"] += self._n_features * b.size
+        self.operations[f"cuda-fma-{self._dtype}"] += self._n_values * b.size
         # Not numpy's sum, which adds in an order that depends on the shape.
         losses = np.add.accumulate(sums.copy_to_host(), axis=1)[:, -1]
         return np.where(losses <= limit, losses, math.inf)

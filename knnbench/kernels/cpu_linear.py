@@ -41,7 +41,6 @@ EXPONENTIAL = tuple(1 / math.factorial(n) for n in range(13, -1, -1))
 # out is below 2**-54.
 LOGARITHM = tuple(2 / (2 * n + 1) for n in range(10, -1, -1))
 HALF_ROOT = 0x3FE6A09E667F3BCC
-MANTISSA = (1 << 52) - 1
 
 # Classes of a tile, by the number of registers: kernels for any number of classes would be compiled for each. With two
 # vectors of samples the largest leave some registers for the values between.

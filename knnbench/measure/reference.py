@@ -123,7 +123,9 @@ def check_distances(distances: Array, reference: Array, *, exact: bool) -> Verdi
     return Verdict(error if np.isfinite(error) else None, None, reason)
 
 
-def reference_losses(X: Array, y: Array, seed: int, n_iterations: int, *, step_size: float, init_scale: float) -> Array:
+def reference_losses(
+    X: Array, y: Array, n_classes: int, seed: int, n_iterations: int, *, step_size: float, init_scale: float
+) -> Array:
     """Return the mean losses of the candidates of a sequential random search, one after the other.
 
     Parameters
@@ -132,6 +134,8 @@ def reference_losses(X: Array, y: Array, seed: int, n_iterations: int, *, step_s
         Converted to float64 in chunks.
     y : (n_samples,) array of int64
         Classes from 0 on.
+    n_classes : int
+        Of all samples, of which these may be some.
     seed, n_iterations : int
     step_size, init_scale : float
         As of `knnbench.RandomSearchClassifier`, whose notes define what is drawn.
@@ -142,7 +146,7 @@ def reference_losses(X: Array, y: Array, seed: int, n_iterations: int, *, step_s
     """
     from scipy.special import logsumexp
 
-    shape, dtype = (X.shape[1], int(y.max()) + 1), np.result_type(X.dtype, np.float32)
+    shape, dtype = (X.shape[1], n_classes), np.result_type(X.dtype, np.float32)
     rows = max(1, CHUNK_BYTES // (8 * X.shape[1]))
 
     def draw(counter: int) -> np.random.Generator:

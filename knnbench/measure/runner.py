@@ -394,7 +394,7 @@ class _Run:
         paths = []
         for seed in SEEDS:
             losses = {
-                n: reference_losses(X[:n], y[:n], seed, CHECKED_ITERATIONS, **scales).tolist()
+                n: reference_losses(X[:n], y[:n], int(y.max()) + 1, seed, CHECKED_ITERATIONS, **scales).tolist()
                 for n in {len(X), sampled_corpus(len(X))}
             }
             path = self._folder / f"seed-{seed}.json"
