@@ -735,6 +735,6 @@ def distances_of(space: Space, strings: Array) -> Array:
     array of `Space.output`, of the same shape
     """
     number_from = fraction_from if space.metric.unit_rows else binary_from
-    distances = [distance_of(space, *number_from(string)) for string in strings.ravel().tolist()]
+    distances = (distance_of(space, *number_from(string)) for string in strings.flat)
     with np.errstate(over="ignore", under="ignore"):
-        return np.array(distances).astype(space.output).reshape(strings.shape)
+        return np.fromiter(distances, np.float64, strings.size).astype(space.output).reshape(strings.shape)
