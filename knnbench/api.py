@@ -39,8 +39,8 @@ CENTRE_ROWS, USUAL_CORPUS = 1024, 100_000
 # What the packed form of a corpus takes with its copy, in sizes of the rows; what merging an answer takes, in its size.
 PACKED_COPIES, MERGED_COPIES = 2, 4
 
-# What the exact value of a neighbour takes at the most, of ordinary rows, in sizes of a float: which is not known before.
-# A cosine, which is a continued fraction, took 71 to 91 bytes in float32 and 137 to 159 in float64.
+# What the exact value of a neighbour of ordinary rows takes, in sizes of a float; which is not known before. A cosine,
+# which is a continued fraction, took 71 to 91 bytes in float32 and 137 to 159 in float64.
 BINARY_BYTES, FRACTION_BYTES = 6, 24
 
 # Bytes of a block of a streamed corpus at the most: it is read while another is searched, and more gains nothing.
