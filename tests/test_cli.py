@@ -158,7 +158,7 @@ def test_absent_mnist_says_how_to_get_it(tmp_path):
         assert "knnbench data fetch mnist" in " ".join(done.stderr.split())
 
 
-GRID = "--backends", "numpy,python", "--dataset", "digits", "--time", "3", "-o", "records.jsonl"
+GRID = "--backends", "numpy,python", "--dataset", "digits", "--time", "6", "-o", "records.jsonl"
 
 
 def started(cwd):

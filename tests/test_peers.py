@@ -215,7 +215,7 @@ def test_losses_of_linear_models_are_the_librarys_or_refused(peer, dtype):
     kind = np.result_type(dtype, np.float32)
     W, b = (1e-3 * rng.standard_normal((3, 11, 4))).astype(kind), rng.standard_normal((3, 4)).astype(kind)
     engine = get_backend(peer)
-    if peer in ("scipy", "sklearn", "faiss"):
+    if peer in ("scipy", "sklearn", "faiss", "torch-mm"):
         with pytest.raises(UnsupportedError, match="has no losses of linear models; take an own backend"):
             engine.linear_loss(X, y, weight, kind)
         return
