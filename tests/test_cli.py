@@ -319,9 +319,10 @@ def test_backends_of_a_device_alone(invoke):
     code, _, errors = invoke("run", "--device", "cpu", "--backends", "numpy,torch-cuda")
     assert code == cli.INVALID
     assert "not of device cpu: torch-cuda" in errors
-    code, _, errors = invoke("run", "--device", "gpu")
-    assert code == cli.INVALID
-    assert "'gpu' is not measured; expected one of: cpu, cuda" in errors
+    for device in ("gpu", "cpu,cuda"):
+        code, _, errors = invoke("run", "--device", device)
+        assert code == cli.INVALID
+        assert f"--device is '{device}'; expected one of: cpu, cuda" in errors
 
 
 def test_the_ceilings_of_a_device_are_measured_first(invoke, monkeypatch):
