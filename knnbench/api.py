@@ -281,8 +281,8 @@ def knn(
     checkpoint : path_like, optional
         A file that keeps what was found, written every 20 seconds or less often, and removed at the end. A search that
         was killed goes on from it when it is started again with the same arguments; a corpus given as an iterator is
-        read from its beginning, and not searched again. Not for a corpus that is prepared in
-        memory or lies on a device.
+        read from its beginning, and not searched again. Not for a corpus that is prepared in memory or lies on a
+        device.
     progress : callable, optional
         Called with the rows searched and n_corpus (None if not known) after each block.
 

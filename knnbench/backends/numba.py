@@ -69,12 +69,12 @@ READ_WORK = 3
 # a fourth of the time, and those of float64 twice.
 SMALL = 1 << 25
 
+# The same for features of samples, times models and classes.
+SMALL_LOSS = 1 << 23
+
 # Tasks for each thread, where each does not have to pack the corpus: the fewer, the longer may all wait for the last.
 TASKS = 2
 LEAST_QUERIES = 64
-
-# The same for features of samples, times models and classes.
-SMALL_LOSS = 1 << 23
 
 # Panels of samples whose losses are a task: enough to hand it to a thread, few enough for all threads to end together.
 LOSS_PANELS = 64

@@ -177,7 +177,7 @@ class Wisdom:
             self._read(path)
         self._samples: dict[Group, list[Sample]] | None = None
         self._costs: dict[Group, dict[str, Cost]] = {}
-        self._pooled: dict[Pool, dict[str, tuple[Cost | None, Cost | None]]] = {}
+        self._pooled: dict[tuple[Pool, str, bool], Cost] = {}
 
     def _read(self, path: Path) -> None:
         header, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
@@ -250,30 +250,41 @@ class Wisdom:
 
     def _find_costs(self, group: Group) -> dict[str, Cost]:
         """Return costs from what was measured here if that is enough, and of this kind; otherwise from the defaults."""
-        problem = Problem(group[1], 1, 1, 1, 1, *group[2:])
-        result = {}
-        for quantity, (here, default) in self._costs_of(pool_of(group)).items():
-            known = [cost for cost in (here, default) if cost is not None and cost.knows(problem)]
-            if known:
-                result[quantity] = known[0]
+        problem, result = Problem(group[1], 1, 1, 1, 1, *group[2:]), {}
+        for quantity in QUANTITIES:
+            for find in (self._cost_here, self._default_cost):
+                cost = find(pool_of(group), quantity)
+                if cost is not None and cost.knows(problem):
+                    result[quantity] = cost
+                    break
         return result
 
-    def _costs_of(self, pool: Pool) -> dict[str, tuple[Cost | None, Cost | None]]:
-        """Return, by quantity, the cost from here, and from the defaults, corrected by what was measured here."""
-        if pool not in self._pooled:
-            found: dict[str, tuple[Cost | None, Cost | None]] = {}
-            shipped = list(self.shipped.samples.get(pool, {}).values())
-            for quantity in QUANTITIES:
-                own = [sample for sample in self._pool(pool) if quantity in sample.seconds][-MOST_SAMPLES:]
-                defaults = [sample for sample in shipped if quantity in sample.seconds]
-                here = default = None
-                if own and (len(own) >= SUFFICIENT or not defaults):
-                    here = _cost(quantity, own, self.own.fits.get(pool, {}))
-                if defaults:
-                    default = _cost(quantity, defaults, self.shipped.fits.get(pool, {}), own)
-                found[quantity] = here, default
-            self._pooled[pool] = found  # whole, for other threads
-        return self._pooled[pool]
+    def _cost_here(self, pool: Pool, quantity: str) -> Cost | None:
+        """Return the cost by what was measured here, None if that is too little."""
+        own, defaults = self._measured(pool, quantity), self._defaults(pool, quantity)
+        if not own or (defaults and len(own) < SUFFICIENT):
+            return None
+        return self._pooled_cost((pool, quantity, False), own, self.own)
+
+    def _default_cost(self, pool: Pool, quantity: str) -> Cost | None:
+        """Return the cost by the defaults, corrected by what was measured here, None if there are none."""
+        defaults = self._defaults(pool, quantity)
+        if not defaults:
+            return None
+        return self._pooled_cost((pool, quantity, True), defaults, self.shipped, self._measured(pool, quantity))
+
+    def _pooled_cost(
+        self, key: tuple[Pool, str, bool], samples: list[Sample], lines: "_Lines", here: Sequence[Sample] = ()
+    ) -> Cost:
+        if key not in self._pooled:
+            self._pooled[key] = _cost(key[1], samples, lines.fits.get(key[0], {}), here)
+        return self._pooled[key]
+
+    def _measured(self, pool: Pool, quantity: str) -> list[Sample]:
+        return [sample for sample in self._pool(pool) if quantity in sample.seconds][-MOST_SAMPLES:]
+
+    def _defaults(self, pool: Pool, quantity: str) -> list[Sample]:
+        return [s for s in self.shipped.samples.get(pool, {}).values() if quantity in s.seconds]
 
     def error(self, backend: str, metric: str, dtype: str) -> dict[str, Any] | None:
         """Return what is known of the error of the version installed: its ordinary and adversarial error, a reason."""
@@ -284,18 +295,19 @@ class Wisdom:
         return None
 
     def add(self, samples: Iterable[Sample] = (), errors: Iterable[dict[str, Any]] = (), *, fit: bool = False) -> None:
-        """Keep samples and errors, in the file too, and fit the terms of the kinds that have enough samples.
+        """Keep samples and errors, in the file too, and fit the terms of these samples' backends if they have enough.
 
         Raises
         ------
         OSError
             If the file cannot be written.
         """
+        samples = list(samples)
         new = [json.dumps({"sample": sample.to_dict()}) for sample in samples]
         new += [json.dumps({"error": error}) for error in errors]
         self.own.take(new)
         if fit:
-            fits = list(self._fits())
+            fits = list(self._fits({sample.pool for sample in samples}))
             self.own.take(fits)
             new += fits
         self._samples = None
@@ -304,8 +316,8 @@ class Wisdom:
         if new and self.path is not None:
             append(self.path, new)
 
-    def _fits(self) -> Iterator[str]:
-        for pool in self.own.samples:
+    def _fits(self, pools: set[Pool]) -> Iterator[str]:
+        for pool in sorted(pools):
             own = self._pool(pool)[-MOST_SAMPLES:]
             if len(own) >= ENOUGH:
                 yield json.dumps({"fit": fit_line(pool, own)})
