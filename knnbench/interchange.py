@@ -46,9 +46,10 @@ def _wrap_in_torch(torch: Any, array: Any) -> Any:
     """Return a tensor; torch itself looks at no stream."""
     stream = array.__cuda_array_interface__.get("stream")
     if stream is not None:
-        # Not known to torch by the number of the interface.
-        handle = 0 if stream == LEGACY_STREAM else stream
-        torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(handle))
+        # Not known to torch by the number of the interface, and an external stream of handle 0 is any of torch's own.
+        is_default = stream == LEGACY_STREAM
+        giver = torch.cuda.default_stream() if is_default else torch.cuda.ExternalStream(stream)
+        torch.cuda.current_stream().wait_stream(giver)
     return torch.as_tensor(array, device="cuda")
 
 
