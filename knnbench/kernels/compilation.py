@@ -25,7 +25,7 @@ import numpy as np
 import platformdirs
 from numba.core import serialize
 
-__all__ = ["cache_directory", "cached_on_disk", "compile_cached", "described"]
+__all__ = ["CacheFiles", "cache_directory", "cached_on_disk", "compile_cached", "described"]
 
 COMPILERS = ("numba", "llvmlite", "numba-cuda", "numpy")
 
@@ -99,10 +99,10 @@ def compile_cached(*, allocates: bool = False, **options: Any) -> Callable[[Call
     its caller, each call counts the references of its arrays up and down by atomic additions, which took ten times as
     long as putting a pair into a list; and threads that share an array wait for each other.
 
-    numba finds a function's code by a pickle of what the function closes over, which is another one in each process,
-    and by an index of several, which two processes can write at once, each for code of its own. Here what `described`
-    says finds it, in a file of its own. A hash of that is in the function's name, too: numba numbers functions, from
-    one in each process, and a process that loads two of the same name and number runs one for the other.
+    numba finds a function's code by a pickle of what the function closes over, which is another one in each process.
+    Here what `described` says finds it, in a file of its own. A hash of that is in the function's name, too: numba
+    numbers functions, from one in each process, and a process that loads two of the same name and number runs one for
+    the other.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +114,7 @@ def compile_cached(*, allocates: bool = False, **options: Any) -> Callable[[Call
             compiled: Any = numba.njit(**chosen)(function)
             if cache:
                 compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
-                compiled._cache._cache_file = _Files(cache_directory(), function.__name__)
+                compiled._cache._cache_file = CacheFiles(function.__name__)
         return cast("Callable[..., Any]", compiled)
 
     return decorate
@@ -153,14 +153,18 @@ def _rename(function: Any, key: str) -> None:
                 _rename(value, key)
 
 
-class _Files:
-    """What numba keeps of a function: a file for each key, put in place in one step."""
+class CacheFiles:
+    """What numba keeps of a function: a file for each key, put in place in one step.
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
+    numba's own files, which this stands for, have an index that two processes can write at once, each for code of its
+    own.
+    """
+
+    def __init__(self, name: str, dumps: Callable[[Any], bytes] = _serialize.dumps) -> None:
+        self._name, self._dumps = name, dumps
 
     def _path(self, key: Any) -> Path:
-        return self._folder / f"{self._name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.code"
+        return cache_directory() / f"{self._name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.code"
 
     def load(self, key: Any) -> Any:
         """Return what was saved, or None."""
@@ -173,5 +177,5 @@ class _Files:
         """Keep the data."""
         path = self._path(key)
         unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        unfinished.write_bytes(_serialize.dumps(data))
+        unfinished.write_bytes(self._dumps(data))
         unfinished.replace(path)

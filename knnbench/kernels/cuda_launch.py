@@ -5,13 +5,14 @@ run kernels without any.
 """
 
 import hashlib
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numba.cuda
 
-from knnbench.kernels.compilation import cached_on_disk, described
+from knnbench.kernels.compilation import CacheFiles, cached_on_disk, described
 
 __all__ = ["BLOCKS_EACH", "ROW_THREADS", "Kernel", "compiled", "inlined", "launch", "launch_rows", "multiprocessors"]
 
@@ -44,10 +45,12 @@ def compiled(*made_of: Any, **options: Any) -> Callable[[Callable[..., None]], K
         with cached_on_disk() as cache:
             # Linked from PTX, as the tests do that look at the machine code.
             kernel = cuda.jit(cache=cache, lto=False, **options)(function)
-        if cache and made_of:
-            code = function.__code__.co_qualname, [described(value) for value in made_of], sorted(options.items())
-            key = hashlib.sha256(repr(code).encode()).hexdigest()
+        if cache:
+            code = function.__module__, function.__code__.co_qualname, [described(value) for value in made_of]
+            key = hashlib.sha256(repr((*code, sorted(options.items()))).encode()).hexdigest()
             kernel._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
+            dumps = importlib.import_module("numba.cuda.serialize").dumps  # not to be had in numba's simulator
+            kernel._cache._cache_file = CacheFiles(function.__name__, dumps)
         return kernel
 
     return decorate
@@ -62,8 +65,8 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
 def launch(kernel: Kernel, grid: tuple[int, int], block: int, *args: Any) -> None:
     """Start a kernel on the default stream."""
     with warnings.catch_warnings():
-        # numba warns of a small grid, which is what a small problem makes.
-        warnings.filterwarnings("ignore", message="Grid size")
+        # numba warns of a small grid, which is what a small problem makes; on a terminal in colour.
+        warnings.filterwarnings("ignore", message=".*Grid size")
         configured = kernel[grid, block]
     configured(*args)
 
