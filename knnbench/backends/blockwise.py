@@ -215,7 +215,7 @@ class BlockSearch(Backend):
         self, block: BlockCorpus, prepared: BlockCorpus, k: int, space: Space, blocks: Blocks, *, direct: bool = False
     ) -> tuple[Native, Native]:
         """Return the values to rank and indices of the k nearest, by the form that blocks prefer or the direct one."""
-        selection = Selection(self.xp, k)
+        selection = self._selection(k)
         for columns in slices(len(prepared.rows), blocks.corpus):
             if direct:
                 values = self.direct_block(block.rows, prepared.rows[columns], space)
@@ -224,35 +224,62 @@ class BlockSearch(Backend):
             selection.update(values, columns.start)
         return selection.values, selection.indices
 
+    def _selection(self, k: int) -> Selection:
+        """Return what selects the k nearest from blocks."""
+        return Selection(self.xp, k)
+
     def _mend_neighbors(
         self, values: Native, indices: Native, k: int, block: BlockCorpus, prepared: BlockCorpus, blocks: Blocks,
         space: Space,
     ) -> tuple[Native, Native]:  # fmt: skip
         """Return the k nearest of Gram candidates by the direct form, or of all rows where those do not suffice."""
-        xp, n_corpus = self.xp, len(prepared.rows)
-        last = values[:, -1]
-        n_queries, wanted = values.shape
+        ranked, nearest = self._recomputed(indices, block, prepared, space, blocks)
+        ranked, nearest = ranked[:, :k], nearest[:, :k]
+        if values.shape[1] == len(prepared.rows):
+            return ranked, nearest
+        good = self._are_right(values[:, -1], ranked[:, -1], block, prepared, space)
+        again = self.xp.nonzero(~good)[0]
+        if len(again):
+            ranked[again], nearest[again] = self._search_again(again, k, block, prepared, blocks, space)
+        return ranked, nearest
+
+    def _recomputed(
+        self, indices: Native, block: BlockCorpus, prepared: BlockCorpus, space: Space, blocks: Blocks
+    ) -> tuple[Native, Native]:
+        """Return the values by the direct form of candidates (n_queries, n), and the candidates, in order."""
+        xp, (n_queries, wanted) = self.xp, indices.shape
         pairs = xp.repeat(xp.arange(n_queries), wanted), indices.reshape(-1)
         direct = self._pairs(block.rows, prepared.rows, *pairs, space, blocks.elements).reshape(n_queries, wanted)
-        ranked, nearest = order_rows(xp, direct, indices)
-        ranked, nearest = ranked[:, :k], nearest[:, :k]
-        if wanted == n_corpus:
-            return ranked, nearest
+        ordered: tuple[Native, Native] = order_rows(xp, direct, indices)
+        return ordered
+
+    def _are_right(self, last: Native, kth: Native, block: BlockCorpus, prepared: BlockCorpus, space: Space) -> Native:
+        """Return for which queries the declared error can hardly change the answer.
+
+        Parameters
+        ----------
+        last : (n_queries,) native array
+            The largest value selected, by the Gram form.
+        kth : (n_queries,) native array
+            The k-th value by the direct form.
+        block, prepared, space
+        """
+        xp = self.xp
         # A row at most sqrt(kth) from a query is at most that much longer, which bounds its norm.
-        kth = xp.asarray(ranked[:, -1], dtype=np.float64)
+        kth = xp.asarray(kth, dtype=np.float64)
         length = xp.sqrt(xp.asarray(block.norms, dtype=np.float64))
         error = space.gram_error * (length**2 + (length + xp.sqrt(kth)) ** 2)
         # Written so that a comparison with NaN, from an overflow, asks for the direct form.
         good = (error <= TOLERANCE * kth) | (last - error > kth)
         # Norms whose sum overflows make some Gram values NaN, which displace candidates of any query.
         largest_sum = xp.asarray(block.norms, dtype=np.float64) + float(prepared.norms.max())  # type: ignore[union-attr]
-        good &= largest_sum <= float(np.finfo(space.dtype).max) / 4
-        again = xp.nonzero(~good)[0]
-        if len(again):
-            ranked[again], nearest[again] = self._nearest(
-                BlockCorpus(block.rows[again]), prepared, k, space, blocks, direct=True
-            )
-        return ranked, nearest
+        return good & (largest_sum <= float(np.finfo(space.dtype).max) / 4)
+
+    def _search_again(
+        self, again: Native, k: int, block: BlockCorpus, prepared: BlockCorpus, blocks: Blocks, space: Space
+    ) -> tuple[Native, Native]:
+        """Return the k nearest of some queries of a block by the direct form, of all rows."""
+        return self._nearest(BlockCorpus(block.rows[again]), prepared, k, space, blocks, direct=True)
 
     def _mend_rows(
         self, values: Native, block: BlockCorpus, prepared: BlockCorpus, blocks: Blocks, space: Space
