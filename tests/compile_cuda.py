@@ -26,8 +26,9 @@ from knnbench.backends import numba_cuda
 from knnbench.blocking import DEFAULT_BUDGET
 from knnbench.dtypes import COMPUTED
 from knnbench.kernels import cuda_launch, cuda_rows, cuda_tiles
-from knnbench.kernels.cuda_search import search_of
-from knnbench.kernels.cuda_source import EXPRESSIONS, direct_source, norms_source
+from knnbench.kernels.cuda_row_source import halve_source, norms_source, scan_source, unit_source
+from knnbench.kernels.cuda_search import recompute_source, search_of
+from knnbench.kernels.cuda_source import EXPRESSIONS, direct_source
 from knnbench.metrics import METRICS, Space, unchanged
 
 ARCHITECTURES = (80, 90, 100)
@@ -329,8 +330,19 @@ def searches():
                         room = 65_536 // (search.tile.threads * search.tile.blocks)
                         about |= {"per_thread": search.tile.per_thread, "most_registers": min(255, room)}
                         different.setdefault(search.source, about)
-    norms = [(norms_source(np.dtype(name)), {"dtype": name}) for name in ("int32", "int64", "float64")]
-    return [*different.items(), *norms]
+    return list(different.items())
+
+
+def row_sources():
+    """Return the sources of what is done to single rows and pairs."""
+    sources = [(halve_source(), "float32")]
+    pairs = [("uint8", "int32"), ("uint8", "int64"), ("uint8", "float64"), ("float32",) * 2, ("float64",) * 2]
+    sources += [(norms_source(*map(np.dtype, pair)), pair[1]) for pair in pairs]
+    sources += [(scan_source(np.dtype(name)), name) for name in COMPUTED]
+    # Lengths are taken in double precision.
+    sources += [(unit_source(np.dtype(name)), "float64") for name in ("float32", "float64")]
+    sources += [(recompute_source(np.dtype(name)), name) for name in ("float32", "float64")]
+    return [(source, {"dtype": dtype}) for source, dtype in sources]
 
 
 def faulty_searches():
@@ -370,6 +382,7 @@ def main():
         records["planted"] = compile_numba(planted())
         records["source"] = compile_sources(direct_sources())
         records["search"] = compile_sources(searches())
+        records["rows"] = compile_sources(row_sources())
         records["faulty"] = compile_sources(faulty_searches())
     json.dump(records, sys.stdout)
 

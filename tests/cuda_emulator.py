@@ -64,6 +64,8 @@ extern "C" void allow(const char* start, size_t n_bytes) { arguments.push_back({
 
 static unsigned atomicAdd(unsigned* place, unsigned n) { unsigned old = *place; *place += n; return old; }
 
+static void atomicMin(unsigned long long* place, unsigned long long n) { *place = std::min(*place, n); }
+
 static unsigned __byte_perm(unsigned low, unsigned high, unsigned selector)
 {
     const uint64_t both = uint64_t(high) << 32 | low;
@@ -147,6 +149,57 @@ static void multiply_add(int& c0, int& c1, int& c2, int& c3, const unsigned (&a)
     c0 += dot_of_32(i, j), c1 += dot_of_32(i, j + 1);
     c2 += dot_of_32(i + 8, j), c3 += dot_of_32(i + 8, j + 1);
     wait(WAITS_FOR_WARP);
+}
+
+// A number of float16 as bits; to the nearest one, of two the even.
+static float from_half(unsigned short half)
+{
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+        : exponent ? std::ldexp(1024.f + fraction, exponent - 25) : std::ldexp(float(fraction), -24);
+    return half >> 15 ? -size : size;
+}
+static unsigned short to_half(float x)
+{
+    const unsigned short sign = std::signbit(x) ? 0x8000 : 0;
+    if (x != x) return 0x7fff;
+    const float size = std::fabs(x);
+    if (size >= 65520) return sign | 0x7c00;
+    if (size < 0x1p-14f) return sign | (unsigned short)(std::nearbyint(std::ldexp(size, 24)));
+    int exponent;
+    const float fraction = std::nearbyint(std::ldexp(std::frexp(size, &exponent), 11));
+    return sign | (unsigned short)(((exponent + 13) << 10) + int(fraction));
+}
+// Row i and column j as in `dot_of_32`, whose bytes are those of 16 numbers.
+static float dot_of_16(float sum, unsigned i, unsigned j)
+{
+    for (unsigned f = 0; f < 16; ++f) {
+        const unsigned part = f / 2 % 4, half = f / 8, shift = f % 2 * 16;
+        const unsigned a = warp[i % 8 * 4 + part].given[i / 8 + 2 * half], b = warp[j * 4 + part].given[4 + half];
+        sum += from_half(a >> shift & 65535) * from_half(b >> shift & 65535);
+    }
+    return sum;
+}
+static void multiply_add(float& c0, float& c1, float& c2, float& c3, const unsigned (&a)[4], unsigned b0, unsigned b1)
+{
+    memcpy(running->given, a, sizeof(a));
+    running->given[4] = b0, running->given[5] = b1;
+    wait(WAITS_FOR_WARP);
+    const unsigned lane = running - warp, i = lane / 4, j = lane % 4 * 2;
+    c0 = dot_of_16(c0, i, j), c1 = dot_of_16(c1, i, j + 1);
+    c2 = dot_of_16(c2, i + 8, j), c3 = dot_of_16(c3, i + 8, j + 1);
+    wait(WAITS_FOR_WARP);
+}
+
+// What the thread of the warp has whose number differs in the bits of a mask.
+template <typename T> static T of_lane(T x, unsigned mask)
+{
+    memcpy(running->given, &x, sizeof(T));
+    wait(WAITS_FOR_WARP);
+    T other;
+    memcpy(&other, warp[(running - warp) ^ mask].given, sizeof(T));
+    wait(WAITS_FOR_WARP);
+    return other;
 }
 """
 

@@ -88,6 +88,9 @@ class ndarray:
     def max(self, axis=None, out=None, keepdims=False):
         return wrap(self._host.max(axis, keepdims=keepdims))
 
+    def min(self, axis=None, out=None, keepdims=False):
+        return wrap(self._host.min(axis, keepdims=keepdims))
+
     def mean(self, axis=None, dtype=None, out=None, keepdims=False):
         return wrap(self._host.mean(axis, dtype, keepdims=keepdims))
 
@@ -234,6 +237,10 @@ def median(a, axis=None, out=None, overwrite_input=False, keepdims=False):
     return wrap(np.median(unwrap(a), axis, keepdims=keepdims))
 
 
+def clip(a, a_min, a_max, out=None):
+    return wrap(np.clip(unwrap(a), a_min, a_max))
+
+
 def argmin(a, axis=None, dtype=None, out=None, keepdims=False):
     return wrap(np.argmin(unwrap(a), axis, keepdims=keepdims))
 
@@ -344,7 +351,7 @@ POOL = MemoryPool()
 FUNCTIONS = {
     function.__name__: function
     for function in (empty, empty_like, zeros, full, arange, asarray, ascontiguousarray, argsort, partition,
-                     take_along_axis, nonzero, cumsum, concatenate, repeat, broadcast_to, median, argmin, matmul,
+                     take_along_axis, nonzero, cumsum, concatenate, repeat, broadcast_to, median, clip, argmin, matmul,
                      einsum)
 }  # fmt: skip
 

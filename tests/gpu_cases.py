@@ -294,6 +294,7 @@ def test_exact_neighbours(metric, dtype, rng):
                 assert_identical(found, right)
 
 
+@pytest.mark.filterwarnings("ignore:.*Grid size")  # of numba's own transposition
 @pytest.mark.parametrize("given", ["float16", "int64", "bool", "float64"])
 def test_device_arrays_of_other_dtypes(given, rng):
     engine, rows = get_backend(BACKEND), rng.integers(0, 2, (5, 4)).astype(given)

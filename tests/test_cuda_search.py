@@ -68,7 +68,7 @@ def found(search, space, queries, corpus, k, *, n_parts=1, copy_bytes=CHUNK, sou
     rows = [padded(array, copy_bytes) for array in (queries, corpus)]
     part_rows = -(-len(corpus) // n_parts)
     n_parts = -(-len(corpus) // part_rows)
-    lists = n_parts, k + search.tile_corpus, len(queries)
+    lists = n_parts, search.list_length(k), len(queries)
     keys, numbers = np.zeros(lists, search.key), np.zeros(lists, np.uint32)
     sizes = map(np.uint32, (len(queries), len(corpus), rows[0].strides[0], part_rows, k))
     grid = -(-len(queries) // search.tile_queries), n_parts

@@ -15,16 +15,10 @@ import numpy as np
 import pytest
 
 from knnbench.dtypes import COMPUTED
-from knnbench.kernels.cuda_source import (
-    EXPRESSIONS,
-    NORM_THREADS,
-    PAIR_THREADS,
-    THREADS,
-    TILE,
-    direct_source,
-    norms_source,
-)
-from knnbench.metrics import METRICS, Space
+from knnbench.kernels import cuda_row_source
+from knnbench.kernels.cuda_row_source import ROWS_A_BLOCK, halve_source, norms_source, scan_source, unit_source
+from knnbench.kernels.cuda_source import EXPRESSIONS, PAIR_THREADS, THREADS, TILE, direct_source
+from knnbench.metrics import METRICS, Space, unit_rows
 
 from . import cuda_emulator
 from ._checks import assert_distances_close, assert_identical, direct_error
@@ -53,7 +47,7 @@ def test_every_direct_form_has_its_expression():
     assert EXPRESSIONS.keys() == {form.accumulate for form in forms if form.step} == DIRECT.keys()
 
 
-@pytest.mark.parametrize("module", ["cuda_source", "cuda_search"])
+@pytest.mark.parametrize("module", ["cuda_source", "cuda_row_source", "cuda_search"])
 def test_the_source_needs_no_library(module):
     code = f"import sys; sys.modules['cupy'] = sys.modules['numba'] = None; import knnbench.kernels.{module}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -117,14 +111,73 @@ def test_sums_beyond_32_bits(accumulate, compiled):
     assert_identical(got, np.full((1, 1), expected[accumulate.__name__], np.int64))
 
 
-@pytest.mark.parametrize("dtype", ["int32", "int64", "float64"])
+def on_rows(compiled, source, name, rows, *arrays, more=()):
+    """Run a kernel of `cuda_row_source` as the backend does; arrays are changed in place."""
+    arguments = rows, *arrays, *map(np.int64, rows.shape), *more
+    compiled(source).launch(name, (-(-len(rows) // ROWS_A_BLOCK),), (cuda_row_source.THREADS,), arguments)
+
+
+@pytest.mark.parametrize(
+    ("element", "dtype"),
+    [("uint8", "int32"), ("uint8", "int64"), ("uint8", "float64"), ("float32", "float32"), ("float64", "float64")],
+)
 @pytest.mark.parametrize("centre", [0, 128])
-def test_squared_norms(centre, dtype, rng, compiled):
-    rows = rng.integers(0, 256, (3, NORM_THREADS + 5), np.uint8)
-    norms = np.empty(3, dtype)
-    arguments = rows, norms, np.int64(rows.shape[1]), np.int32(centre)
-    compiled(norms_source(norms.dtype)).launch("squared_norms", (3,), (NORM_THREADS,), arguments)
+def test_squared_norms(centre, element, dtype, rng, compiled):
+    rows = rng.integers(0, 256, (7, 133)).astype(element)
+    norms = np.empty(7, dtype)
+    on_rows(compiled, norms_source(rows.dtype, norms.dtype), "squared_norms", rows, norms, more=(np.int32(centre),))
     assert_identical(norms, ((rows.astype(np.int64) - centre) ** 2).sum(axis=1).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", COMPUTED)
+def test_rows_looked_through(dtype, rng, compiled):
+    rows = rng.integers(1, 9, (11, 70)).astype(dtype)
+
+    def found():
+        numbers = np.full(2, len(rows), np.uint64)
+        on_rows(compiled, scan_source(rows.dtype), "scan_rows", rows, numbers)
+        return numbers.tolist()
+
+    assert found() == [11, 11]
+    rows[[9, 6]] = 0
+    assert found() == [11, 6]
+    if dtype != "uint8":
+        rows[5, 69], rows[10, 0] = np.nan, np.inf
+        assert found() == [5, 6]
+        rows[2, 33] = -np.inf
+        assert found() == [2, 6]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_of_unit_length(dtype, rng, compiled):
+    info = np.finfo(dtype)
+    scales = np.array([[1.0], [float(info.max) / 2], [float(info.tiny)], [1e-3], [7.0]])
+    rows = (rng.uniform(-1, 1, (5, 45)) * scales).astype(dtype)
+    if dtype == "float64":  # CuPy has subnormal float32 taken as zero
+        rows[3, :] = 0
+        rows[3, [2, 40]] = float(info.smallest_subnormal)
+    out = np.empty_like(rows)
+    on_rows(compiled, unit_source(rows.dtype), "unit_rows", rows, out)
+    np.testing.assert_allclose(out, unit_rows(np, rows), rtol=4 * info.eps, atol=0)
+
+
+def test_rows_as_halves(rng, compiled):
+    rows = (rng.normal(size=(6, 37)) * np.exp(4 * rng.normal(size=(6, 37)))).astype(np.float32)
+    centre, scale = rows.mean(axis=0), np.array([0.25], np.float32)
+    rows[3] = centre  # nothing is left of it, and nothing lost
+    rows[4, 1], rows[5] = 1e6, centre + np.float32(2) ** -14  # beyond the range, and below the normal one
+    halves, norms, lost = np.ones((6, 40), np.float16), np.empty(6, np.float32), np.empty(6, np.float32)
+    arrays = centre, scale, halves.view(np.uint16), norms, lost
+    on_rows(compiled, halve_source(), "halve", rows, *arrays, more=(np.int64(40),))
+    scaled = (rows - centre) * scale
+    with np.errstate(over="ignore"):
+        expected = scaled.astype(np.float16)
+    assert_identical(halves[:, :37].view(np.uint16), expected.view(np.uint16))
+    assert not halves[:, 37:].any()
+    np.testing.assert_allclose(norms, (scaled.astype(np.float64) ** 2).sum(axis=1), rtol=1e-6)
+    rest = (scaled - expected.astype(np.float64)) ** 2
+    np.testing.assert_allclose(lost, rest.sum(axis=1), rtol=1e-6)
+    assert np.isinf(lost[4])
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -74,10 +74,10 @@ def test_odd_shapes_of_bytes_are_those_of_the_oracle(cuda_backend, metric, n_fea
         queries, corpus = (rng.integers(1, 256, (n, n_features), np.uint8) for n in (n_queries, n_corpus))
         for k in {1, min(n_corpus, 10), n_corpus}:
             got = knn(queries, corpus, k, metric, backend=cuda_backend)
-            expected = knn(queries, corpus, k, metric, backend="numba")
+            expected = knn(queries, corpus, k, metric, backend="numpy")
             assert_identical(got.indices, expected.indices)
             assert_identical(got.distances, expected.distances)
-        all_distances = pairwise(queries, corpus, metric, backend="numba")
+        all_distances = pairwise(queries, corpus, metric, backend="numpy")
         assert_identical(pairwise(queries, corpus, metric, backend=cuda_backend), all_distances)
 
 
@@ -103,7 +103,7 @@ def test_the_sanitizer_finds_nothing(cuda_backend, tool):
     if sanitizer is None:
         pytest.skip("compute-sanitizer, of the CUDA toolkit, is not on the path")
     # Libraries allocate more than they write, and read it in whole words: what they do is not judged here.
-    ours = ["--kernel-name-exclude", "regex:.*(cublas|cutlass|gemm|at::native|cub::|cupy_).*"]
+    ours = ["--kernel-name-exclude", "regex=(cublas|cutlass|gemm|2at6native|3cub|cupy_)"]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *ours]
     done = subprocess.run(
         [*command, sys.executable, "-c", SANITIZED, cuda_backend],
@@ -116,7 +116,7 @@ def test_the_sanitizer_finds_nothing(cuda_backend, tool):
 @pytest.mark.parametrize("metric", METRICS)
 def test_many_bytes(cuda_backend, metric, n_queries, k, rng):
     queries, corpus = (rng.integers(0, 8, (n, 100), np.uint8) for n in (n_queries, 20_000))
-    expected = knn(queries, corpus, k, metric, backend="numba")
+    expected = knn(queries, corpus, k, metric, backend="numpy")
     for budget in (None, 20_000_000):
         got = knn(queries, corpus, k, metric, backend=cuda_backend, memory_budget=budget)
         assert_identical(got.indices, expected.indices)
@@ -143,7 +143,7 @@ def test_many_floats(cuda_backend, metric, dtype, offset, rng):
 def test_all_rows_as_neighbors(cuda_backend, dtype, rng):
     queries, corpus = (rng.integers(1, 5, (n, 4)).astype(dtype) for n in (300, 5000))
     got = knn(queries, corpus, len(corpus), "cityblock", backend=cuda_backend)
-    expected = knn(queries, corpus, len(corpus), "cityblock", backend="numba")
+    expected = knn(queries, corpus, len(corpus), "cityblock", backend="numpy")
     assert_identical(got.indices, expected.indices)
     assert_identical(got.distances, expected.distances)
 
@@ -215,7 +215,7 @@ def test_work_on_a_stream_of_the_caller_is_waited_for(cuda_backend, library, rng
 def test_a_device_without_memory_is_asked_for_less(cupy, cuda_backend, rng):
     # All but a little of the device's memory is taken, and the budget is larger than what is left.
     queries, corpus = (rng.integers(0, 256, (n, 256), np.uint8) for n in (2000, 400_000))
-    expected = knn(queries[:50], corpus, 5, "cityblock", backend="numba")
+    expected = knn(queries[:50], corpus, 5, "cityblock", backend="numpy")
     cupy.get_default_memory_pool().free_all_blocks()
     free, _ = cupy.cuda.Device().mem_info
     taken = cupy.cuda.alloc(free - (400 << 20))

@@ -1,5 +1,9 @@
 """CuPy: neighbours by the fused search of `knnbench.kernels.cuda_search`, distances by cuBLAS or a kernel of our own.
 
+Euclidean and cosine neighbours of float32 are chosen by products of float16, on tensor cores: a few more than k, which
+are computed once more by the direct form. What the rounding to float16 took from each row is measured, so that the
+error of a product is known; queries for which it could have hidden a neighbour are searched again in float32.
+
 What the fused search does not take (more than 1,024 neighbours, products in float64, uint8 rows whose sums need 64
 bits, devices before compute capability 8.0 or with too little shared memory) is searched block by block.
 """
@@ -18,18 +22,24 @@ from knnbench import interchange
 from knnbench.blocking import block_shape
 from knnbench.dtypes import Array
 from knnbench.errors import BackendUnavailableError
-from knnbench.kernels.cuda_search import CHUNK, LARGEST_K, MERGED, MOST_ROWS, Search, merge_shape, parts_of, search_of
-from knnbench.kernels.cuda_source import (
-    NORM_THREADS,
-    PAIR_THREADS,
-    THREADS,
-    TILE,
-    direct_source,
-    norms_source,
+from knnbench.kernels import cuda_row_source
+from knnbench.kernels.cuda_row_source import ROWS_A_BLOCK, halve_source, norms_source, scan_source, unit_source
+from knnbench.kernels.cuda_search import (
+    AGAIN_THREADS,
+    CHUNK,
+    LARGEST_K,
+    MERGED,
+    MOST_ROWS,
+    Search,
+    merge_shape,
+    parts_of,
+    recompute_source,
+    search_of,
 )
+from knnbench.kernels.cuda_source import PAIR_THREADS, THREADS, TILE, direct_source
 from knnbench.metrics import Space
 
-from .base import Capabilities, Native, Scan, byte_operations, float_operations, scan_rows
+from .base import Candidates, Capabilities, Native, Scan, byte_operations, float_operations
 from .blockwise import CENTRE_OF_UINT8, SPARE, BlockCorpus, Blocks, BlockSearch, BlockwiseBackend
 from .linear import DEVICE_ELEMENTS, ArrayLoss, LinearLoss
 from .upload import Lane, Uploader
@@ -44,6 +54,37 @@ PADDED_BYTES = 4 * CHUNK
 WORD = 4
 
 
+# Rows are scaled so that the largest element lies below 2 to this: queries may have elements 16 times as large, and
+# what is 2**26 times smaller is still rounded to 11 bits.
+HALF_EXPONENT = 12
+
+# Scales beyond this are no float32, or leave no room for squares.
+MOST_EXPONENT = 60
+
+# Covers that rows as rounded are longer by at most 2**-11, and the roundings of norms and of this bound.
+HALF_SLACK = 1.001
+
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """Centred rows as float16.
+
+    Attributes
+    ----------
+    rows : (n, any) native array
+        Centred, times `scale`, rounded, with zeros at the ends that 128-bit loads need.
+    scale : (1,) native array
+        A power of two.
+    norms, lost : (n,) native arrays
+        Squared norms, times the square of `scale`, of centred rows and of what rounding took from them.
+    """
+
+    rows: Native
+    scale: Native
+    norms: Native
+    lost: Native
+
+
 @dataclass(frozen=True, slots=True)
 class SearchRows(BlockCorpus):
     """Rows with what the fused search wants of them.
@@ -56,11 +97,14 @@ class SearchRows(BlockCorpus):
         Squared norms (n,) of `packed`, where the search uses norms.
     columns : native array or None
         What the search looks at for each row of the corpus: its squared norm, or the reciprocal of its length.
+    halves : Halves or None
+        Of float32 with products, where the device has room for their tiles.
     """
 
     packed: Native = None
     own_norms: Native | None = None
     columns: Native | None = None
+    halves: Halves | None = None
 
 
 class CupyBackend(BlockwiseBackend):
@@ -113,8 +157,14 @@ class CupyBackend(BlockwiseBackend):
         cupy.cuda.get_current_stream().synchronize()
 
     def scan(self, native: Native, *, finite: bool, zero: bool) -> Scan:
-        """Look through the rows on the device, in chunks."""
-        return scan_rows(cupy, native, finite=finite, zero=zero)
+        """Look through the rows on the device, a warp for each."""
+        if not finite and not zero:
+            return Scan(None, None)
+        n_rows = len(native)
+        found = cupy.full(2, n_rows, np.uint64)
+        on_rows(scan_source(native.dtype), "scan_rows", native, found)
+        not_finite, all_zero = (row if row < n_rows else None for row in self.to_numpy(found).tolist())
+        return Scan(not_finite if finite else None, all_zero if zero else None)
 
     def finish(self, ranked: Native, space: Space) -> Native:
         """Return the distances of ranked values."""
@@ -162,10 +212,55 @@ class CupyBackend(BlockwiseBackend):
         kernel(grid, (THREADS, THREADS), (queries, corpus, out, *sizes))
         return out
 
+    def prepare(self, corpus: Native, space: Space) -> BlockCorpus:
+        """Centre and pack a corpus and take its norms."""
+        return self._halved(super().prepare(corpus, space), space)
+
+    def prepare_about(self, corpus: Native, centre: Any, space: Space) -> BlockCorpus:
+        """Centre a corpus about a given point, pack it and take its norms."""
+        return self._halved(super().prepare_about(corpus, centre, space), space)
+
+    def candidates(self, queries: Native, prepared: BlockCorpus, count: int, space: Space, budget: int) -> Candidates:
+        """Return what is selected by products in float32: how tensor cores round is known from measurements only."""
+        return super().candidates(queries, self._without_halves(prepared, space), count, space, budget)
+
+    def pairwise(self, queries: Native, prepared: BlockCorpus, space: Space, budget: int) -> Native:
+        """Return all distances, by products in the dtype of the rows."""
+        return super().pairwise(queries, self._without_halves(prepared, space), space, budget)
+
+    def _prepared_rows(self, rows: Native, space: Space) -> Native:
+        if space.is_integer or not space.metric.unit_rows:
+            return rows
+        result = cupy.empty_like(rows)
+        on_rows(unit_source(rows.dtype), "unit_rows", rows, result)
+        return result
+
+    def _halved(self, taken: BlockCorpus, space: Space) -> BlockCorpus:
+        """Return a corpus with its halves in the place of its centred rows, if there is a search that takes them."""
+        if taken.centre is None or not fits(search_of(space, halves=True)):
+            return taken
+        assert isinstance(taken, SearchRows)
+        assert taken.centred is not None
+        _, exponent = cupy.frexp(cupy.maximum(taken.centred.max(), -taken.centred.min()))
+        scale = cupy.ldexp(np.float32(1), cupy.clip(HALF_EXPONENT - exponent, -MOST_EXPONENT, MOST_EXPONENT))
+        halves = halved(taken.rows, taken.centre, scale.reshape(1))
+        return SearchRows(taken.rows, taken.norms, taken.centre, halves=halves)
+
+    def _without_halves(self, prepared: BlockCorpus, space: Space) -> BlockCorpus:
+        """Return a corpus that is searched in its own dtype."""
+        return prepared if halves_of(prepared) is None else self._take(prepared.rows, prepared.centre, space)
+
+    def _take_queries(self, queries: Native, prepared: BlockCorpus, space: Space) -> BlockCorpus:
+        halves = halves_of(prepared)
+        block = super()._take_queries(queries, prepared, space)
+        if halves is None:
+            return block
+        return SearchRows(block.rows, block.norms, halves=halved(block.rows, prepared.centre, halves.scale))
+
     def _take(self, rows: Native, centre: Native | None, space: Space) -> SearchRows:
         if centre is not None:
             centred = padded(rows - centre)
-            norms = cupy.einsum("nf,nf->n", centred, centred)
+            norms = squared_norms(centred, centred.dtype, centre=0)
             return SearchRows(rows, norms, centre, centred, centred, norms, norms)
         packed = padded(rows)
         if space.form.from_dot is None:
@@ -181,9 +276,12 @@ class CupyBackend(BlockwiseBackend):
         search = fused(space, k, n_queries, n_corpus)
         if search is None:
             return self._blocks(n_queries, n_corpus, k, space, budget)
+        halves = search_of(space, halves=True)
+        others = search, halves, search_of(space, direct=True)
+        search = halves if halves is not None and fits(halves) else search
         # What a query holds: its own rows, the lists, and as they are computed once more.
-        row_bytes = 4 * (space.n_features * max(WORD, space.dtype.itemsize) + CHUNK)
-        lists = search.list_bytes(k)
+        row_bytes = 6 * (space.n_features * max(WORD, space.dtype.itemsize) + CHUNK)
+        lists = max(other.list_bytes(k) for other in others if other)
         queries, _ = block_shape(
             n_queries,
             1,
@@ -209,14 +307,19 @@ class CupyBackend(BlockwiseBackend):
             block, prepared = SearchRows(block.rows, packed=block.rows), SearchRows(prepared.rows, packed=prepared.rows)
         assert isinstance(block, SearchRows)
         assert isinstance(prepared, SearchRows)
+        halves, own = prepared.halves, block.halves
+        if halves is not None and own is not None:
+            block, prepared = (
+                SearchRows(own.rows, packed=own.rows, own_norms=own.norms, columns=own.norms) for own in (own, halves)
+            )
         queries, corpus = block.packed, prepared.packed
         n_queries, row_bytes = len(queries), queries.shape[1] * queries.dtype.itemsize
         copy_bytes = math.gcd(CHUNK, row_bytes, queries.data.ptr, corpus.data.ptr)
-        search = search_of(space, n_queries=n_queries, direct=direct, copy_bytes=copy_bytes)
+        search = search_of(space, n_queries=n_queries, direct=direct, halves=halves is not None, copy_bytes=copy_bytes)
         assert search is not None
         n_corpus, part_rows, device = len(corpus), blocks.corpus, cupy.cuda.Device().id
         n_parts = -(-n_corpus // part_rows)
-        lists = n_parts, k + search.tile_corpus, n_queries
+        lists = n_parts, search.list_length(k), n_queries
         keys, rows = cupy.empty(lists, search.key), cupy.empty(lists, np.uint32)
         # A search without norms does not look at what stands for them.
         norms = (corpus,) * 3
@@ -230,17 +333,53 @@ class CupyBackend(BlockwiseBackend):
             (n_queries, n_corpus, row_bytes, part_rows, k),
             search.shared_bytes,
         )
-        values, indices = cupy.empty((n_queries, k), space.ranked), cupy.empty((n_queries, k), np.int64)
-        threads, size = merge_shape(n_parts * k)
+        values, indices = merged(search.source, keys, rows, k, space.ranked)
+        return (values if halves is None else values / halves.scale / halves.scale), indices
+
+    def _recomputed(
+        self, indices: Native, block: BlockCorpus, prepared: BlockCorpus, space: Space, blocks: Blocks
+    ) -> tuple[Native, Native]:
+        n_queries, wanted = indices.shape
+        if wanted > LARGEST_K or len(prepared.rows) > MOST_ROWS:
+            return super()._recomputed(indices, block, prepared, space, blocks)
+        source = recompute_source(space.dtype)
+        keys = cupy.empty((1, wanted, n_queries), f"uint{8 * space.dtype.itemsize}")
+        rows = cupy.empty(keys.shape, np.uint32)
         start(
-            kernel(search.source, "merge", MERGED * search.pair_bytes, device),
+            _module(source).get_function("recompute"),
             (n_queries,),
-            threads,
-            (keys, rows, values, indices),
-            (n_queries, n_parts, lists[1], k, size),
-            size * search.pair_bytes,
+            AGAIN_THREADS,
+            (block.rows, prepared.rows, indices, keys, rows),
+            (n_queries, space.n_features, wanted),
+            0,
         )
-        return values, indices
+        return merged(source, keys, rows, wanted, space.dtype)
+
+    def _are_right(self, last: Native, kth: Native, block: BlockCorpus, prepared: BlockCorpus, space: Space) -> Native:
+        halves, own = halves_of(prepared), halves_of(block)
+        if halves is None or own is None:
+            return super()._are_right(last, kth, block, prepared, space)
+        # Of x and y as rounded, x.y is off by |x| |y - y'| + |x - x'| |y| at the most, and twice that a distance; the
+        # rest is what the same products in float32 are off by. A row as near as the k-th is no longer than `other`.
+        scale = cupy.asarray(halves.scale, np.float64)
+        length, own_loss = (cupy.sqrt(cupy.asarray(array, np.float64)) / scale for array in (own.norms, own.lost))
+        loss = cupy.sqrt(cupy.asarray(halves.lost.max(), np.float64)) / scale
+        kth = cupy.asarray(kth, np.float64)
+        other = length + cupy.sqrt(kth)
+        error = space.gram_error * (length**2 + other**2)
+        error += 2 * HALF_SLACK * (length * loss + own_loss * other + tensor_error(space) * length * other)
+        # A comparison with NaN, from an overflow, is false.
+        return cupy.asarray(last, np.float64) - error > kth
+
+    def _search_again(
+        self, again: Native, k: int, block: BlockCorpus, prepared: BlockCorpus, blocks: Blocks, space: Space
+    ) -> tuple[Native, Native]:
+        if halves_of(prepared) is None:
+            return super()._search_again(again, k, block, prepared, blocks, space)
+        prepared = self._without_halves(prepared, space)
+        block = self._take(block.rows[again], prepared.centre, space)
+        found = self._nearest(block, prepared, min(k + SPARE, len(prepared.rows)), space, blocks)
+        return self._mend_neighbors(*found, k, block, prepared, blocks, space)
 
     def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
         out = cupy.empty(len(i), dtype=space.accumulator)
@@ -292,8 +431,59 @@ def uploader_of(device: int) -> Uploader:
 def fused(space: Space, k: int, n_queries: int, n_corpus: int) -> Search | None:
     """Return the fused search of a problem, None if there is none or the device is too small for it."""
     search = search_of(space, n_queries=n_queries) if k <= LARGEST_K and n_corpus <= MOST_ROWS else None
-    _, shared_memory = device_limits(cupy.cuda.Device().id)
-    return search if search and search.shared_bytes <= shared_memory else None
+    return search if fits(search) else None
+
+
+def fits(search: Search | None) -> bool:
+    """Return whether there is a search, and the current device has room for its tiles."""
+    return search is not None and search.shared_bytes <= device_limits(cupy.cuda.Device().id)[1]
+
+
+def tensor_error(space: Space) -> float:
+    """Return how far a product of float16 rows on tensor cores is off, as a share of the product of their lengths.
+
+    Products of float16 are exact in float32. Measured, the units add 4 to 16 of them to a sum at a time, and cut off
+    what lies below the last of 23 to 25 bits of the largest [1]_: at most 17 units of ``2**-23`` of it, which no sum of
+    magnitudes exceeds, for 16 features. Returned is twice that.
+
+    References
+    ----------
+    .. [1] M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer
+       Science 7 (2021), e330.
+    """
+    return 2 * 17 * 2.0**-23 * math.ceil(space.n_features / 16)
+
+
+def halved(rows: Native, centre: Native, scale: Native) -> Halves:
+    """Return rows less a centre, times a scale, as float16, by the CUDA kernel."""
+    n_rows, n_features = rows.shape
+    step = CHUNK // 2
+    halves = cupy.empty((n_rows, -(-n_features // step) * step), np.float16)
+    norms, lost = cupy.empty(n_rows, np.float32), cupy.empty(n_rows, np.float32)
+    on_rows(halve_source(), "halve", rows, centre, scale, halves, norms, lost, more=(np.int64(halves.shape[1]),))
+    return Halves(halves, scale, norms, lost)
+
+
+def halves_of(rows: BlockCorpus) -> Halves | None:
+    """Return the halves of rows, None if they have none."""
+    return rows.halves if isinstance(rows, SearchRows) else None
+
+
+def merged(source: str, keys: Native, rows: Native, k: int, ranked: np.dtype[Any]) -> tuple[Native, Native]:
+    """Return the k first, in order, of the lists of all parts, (n_parts, any, n_queries), by `merge` of a source."""
+    n_parts, length, n_queries = keys.shape
+    values, indices = cupy.empty((n_queries, k), ranked), cupy.empty((n_queries, k), np.int64)
+    threads, size = merge_shape(n_parts * k)
+    pair_bytes = keys.dtype.itemsize + rows.dtype.itemsize
+    start(
+        kernel(source, "merge", MERGED * pair_bytes, cupy.cuda.Device().id),
+        (n_queries,),
+        threads,
+        (keys, rows, values, indices),
+        (n_queries, n_parts, length, k, size),
+        size * pair_bytes,
+    )
+    return values, indices
 
 
 @functools.cache
@@ -320,11 +510,18 @@ def padded(rows: Native) -> Native:
 
 
 def squared_norms(rows: Native, dtype: np.dtype[Any], *, centre: int) -> Native:
-    """Return the squared norms of uint8 rows less a centre, by the CUDA kernel."""
+    """Return the squared norms of rows less a centre, by the CUDA kernel."""
     norms = cupy.empty(len(rows), dtype)
-    arguments = rows, norms, np.int64(rows.shape[1]), np.int32(centre)
-    _module(norms_source(dtype)).get_function("squared_norms")((len(rows),), (NORM_THREADS,), arguments)
+    on_rows(norms_source(rows.dtype, dtype), "squared_norms", rows, norms, more=(np.int32(centre),))
     return norms
+
+
+def on_rows(source: str, name: str, rows: Native, *arrays: Native, more: tuple[Any, ...] = ()) -> None:
+    """Start a kernel of `cuda_row_source` on all rows."""
+    n_rows, n_features = rows.shape
+    arguments = rows, *arrays, np.int64(n_rows), np.int64(n_features), *more
+    grid = (-(-n_rows // ROWS_A_BLOCK),)
+    _module(source).get_function(name)(grid, (cuda_row_source.THREADS,), arguments)
 
 
 def start(

@@ -1,4 +1,4 @@
-"""The CUDA C++ source of the direct form, written for one way of accumulating and one dtype at a time, and of norms.
+"""The CUDA C++ source of the direct form, written for one way of accumulating and one dtype at a time.
 
 It needs neither CuPy nor a GPU: the tests compile it for devices that are not there, and as C++ for the host.
 The naive form is `knnbench.backends.python`.
@@ -8,11 +8,9 @@ import string
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from knnbench.metrics import Space, add_absolute, add_square, keep_largest
 
-__all__ = ["EXPRESSIONS", "NORM_THREADS", "PAIR_THREADS", "THREADS", "TILE", "TYPES", "direct_source", "norms_source"]
+__all__ = ["EXPRESSIONS", "PAIR_THREADS", "THREADS", "TILE", "TYPES", "direct_source"]
 
 THREADS = 16
 """Threads along each side of a block of `accumulate_block`."""
@@ -22,9 +20,6 @@ TILE = 64
 
 PAIR_THREADS = 128
 """Threads a block of `accumulate_pairs`."""
-
-NORM_THREADS = 128
-"""Threads a block of `squared_norms`."""
 
 EXPRESSIONS: dict[Callable[..., Any], str] = {
     add_square: "acc + (a - b) * (a - b)",
@@ -117,32 +112,6 @@ extern "C" __global__ void __launch_bounds__($pair_threads) accumulate_pairs(
 }
 """)
 
-NORMS = string.Template(r"""
-typedef long long size;
-
-// out[i]: the sum of (x - centre)^2 over row i, whose elements are uint8; a block for each.
-extern "C" __global__ void __launch_bounds__($threads) squared_norms(
-    const unsigned char* rows, $norm* out, size n_features, int centre)
-{
-    __shared__ long long sums[$threads];
-    const unsigned char* const row = rows + blockIdx.x * n_features;
-    const int thread = threadIdx.x;
-    long long sum = 0;
-    for (size f = thread; f < n_features; f += $threads) {
-        const int x = int(row[f]) - centre;
-        sum += x * x;
-    }
-    sums[thread] = sum;
-    for (int half = $threads / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (thread < half)
-            sums[thread] += sums[thread + half];
-    }
-    if (thread == 0)
-        out[blockIdx.x] = ($norm)sums[0];
-}
-""")
-
 
 def direct_source(space: Space) -> str:
     """Return the source of `accumulate_block` and `accumulate_pairs` for a space.
@@ -171,22 +140,3 @@ def direct_source(space: Space) -> str:
         tile=TILE,
         pair_threads=PAIR_THREADS,
     )
-
-
-def norms_source(dtype: np.dtype[Any]) -> str:
-    """Return the source of `squared_norms` of uint8 rows.
-
-    Parameters
-    ----------
-    dtype : dtype
-        Of the norms.
-
-    Returns
-    -------
-    str
-        As `direct_source` does::
-
-            squared_norms(rows, out, n_features, centre)
-                grid (n_rows,), block (NORM_THREADS,); `centre`, of 32 bits, is subtracted from every element
-    """
-    return NORMS.substitute(norm=TYPES[dtype.name], threads=NORM_THREADS)
