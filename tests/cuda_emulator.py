@@ -32,12 +32,15 @@ static Index threadIdx, blockIdx, blockDim, gridDim;
 static ucontext_t main_context;
 struct Copy { void* to; const void* from; unsigned size, n_bytes; };
 enum State { RUNS, WAITS_FOR_WARP, WAITS_FOR_BLOCK, ENDED };
+struct Product { void* sums; bool is_float; const unsigned char *a, *b; };
 struct Thread {
     ucontext_t context;
     std::vector<char> stack;
     State state;
     std::vector<Copy> started;
     std::deque<std::vector<Copy>> groups;
+    std::vector<Product> begun;
+    std::deque<std::vector<Product>> products;
     unsigned given[8];
     const void* place;
 };
@@ -191,6 +194,60 @@ static void multiply_add(float& c0, float& c1, float& c2, float& c3, const unsig
     wait(WAITS_FOR_WARP);
 }
 
+// Products of four warps, whose matrices lie in shared memory: rows of 128 bytes with chunks that change places. They
+// are computed as late as the program allows.
+static uint64_t matrix_at(const unsigned char* rows)
+{
+    if (uintptr_t(rows) % 1024) __builtin_trap();
+    return uintptr_t(rows);
+}
+static uint64_t bytes_on(uint64_t matrix, unsigned n_bytes) { return matrix + n_bytes; }
+static void fence_for_products() {}
+static void begin_products() {}
+static void multiply_add(int (&acc)[2][64], unsigned long long a, unsigned long long b)
+{
+    running->begun.push_back({acc, false, (const unsigned char*)a, (const unsigned char*)b});
+}
+static void multiply_add(float (&acc)[2][64], unsigned long long a, unsigned long long b)
+{
+    running->begun.push_back({acc, true, (const unsigned char*)a, (const unsigned char*)b});
+}
+static void end_of_products()
+{
+    running->products.push_back(running->begun);
+    running->begun.clear();
+}
+static const unsigned char* swizzled(const unsigned char* matrix, unsigned row, unsigned offset)
+{
+    const uintptr_t place = uintptr_t(matrix) + row * 128 + offset;
+    return (const unsigned char*)(place ^ (place >> 7 & 7) << 4);
+}
+static void compute(const Product& product)
+{
+    const unsigned lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * 16 + lane / 4;
+    for (unsigned r = 0; r < 2; ++r)
+        for (unsigned c = 0; c < 64; ++c) {
+            const unsigned i = first + 8 * r, j = c / 2 * 8 + lane % 4 * 2 + c % 2;
+            if (product.is_float) {
+                float& sum = static_cast<float(*)[64]>(product.sums)[r][c];
+                for (unsigned f = 0; f < 32; f += 2) {
+                    unsigned short a, b;
+                    memcpy(&a, swizzled(product.a, i, f), 2), memcpy(&b, swizzled(product.b, j, f), 2);
+                    sum += from_half(a) * from_half(b);
+                }
+            } else {
+                int& sum = static_cast<int(*)[64]>(product.sums)[r][c];
+                for (unsigned f = 0; f < 32; ++f)
+                    sum += int(*swizzled(product.a, i, f)) * int(*swizzled(product.b, j, f));
+            }
+        }
+}
+template <unsigned n_groups> static void wait_for_products()
+{
+    for (; running->products.size() > n_groups; running->products.pop_front())
+        for (const Product& product : running->products.front()) compute(product);
+}
+
 // What the thread of the warp has whose number differs in the bits of a mask.
 template <typename T> static T of_lane(T x, unsigned mask)
 {
@@ -256,6 +313,7 @@ template <auto kernel> static int launch(const unsigned* dims, void** args)
             thread.context.uc_stack.ss_size = thread.stack.size();
             thread.state = RUNS;
             thread.groups.clear();
+            thread.products.clear();
             makecontext(&thread.context, Entry<kernel>::run, 0);
         }
         for (size_t ended = 0; ended < threads.size();) {

@@ -11,6 +11,7 @@ bits, devices before compute capability 8.0 or with too little shared memory) is
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from knnbench.blocking import block_shape
 from knnbench.dtypes import Array
 from knnbench.errors import BackendUnavailableError
 from knnbench.kernels import cuda_row_source
+from knnbench.kernels.cuda_compiler import machine_code
 from knnbench.kernels.cuda_row_source import ROWS_A_BLOCK, halve_source, norms_source, scan_source, unit_source
 from knnbench.kernels.cuda_search import (
     AGAIN_THREADS,
@@ -60,6 +62,10 @@ HALF_EXPONENT = 12
 
 # Scales beyond this are no float32, or leave no room for squares.
 MOST_EXPONENT = 60
+
+# Of devices that have ``wgmma``, which later ones do not.
+GROUP_CAPABILITY, GROUP_ARCHITECTURE = "90", "90a"
+PROBE = 'extern "C" __global__ void probe() {}'
 
 # Covers that rows as rounded are longer by at most 2**-11, and the roundings of norms and of this bound.
 HALF_SLACK = 1.001
@@ -235,9 +241,16 @@ class CupyBackend(BlockwiseBackend):
         on_rows(unit_source(rows.dtype), "unit_rows", rows, result)
         return result
 
+    def knn(self, queries: Native, prepared: BlockCorpus, k: int, space: Space, budget: int) -> tuple[Native, Native]:
+        """Return the k nearest; so many that no fused search takes them by products in the dtype of the rows."""
+        n_corpus = len(prepared.rows)
+        if fused(space, min(k + SPARE, n_corpus), len(queries), n_corpus) is None:
+            prepared = self._without_halves(prepared, space)
+        return super().knn(queries, prepared, k, space, budget)
+
     def _halved(self, taken: BlockCorpus, space: Space) -> BlockCorpus:
         """Return a corpus with its halves in the place of its centred rows, if there is a search that takes them."""
-        if taken.centre is None or not fits(search_of(space, halves=True)):
+        if taken.centre is None or not fits(chosen(space, halves=True)):
             return taken
         assert isinstance(taken, SearchRows)
         assert taken.centred is not None
@@ -276,7 +289,7 @@ class CupyBackend(BlockwiseBackend):
         search = fused(space, k, n_queries, n_corpus)
         if search is None:
             return self._blocks(n_queries, n_corpus, k, space, budget)
-        halves = search_of(space, halves=True)
+        halves = chosen(space, halves=True)
         others = search, halves, search_of(space, direct=True)
         search = halves if halves is not None and fits(halves) else search
         # What a query holds: its own rows, the lists, and as they are computed once more.
@@ -315,7 +328,8 @@ class CupyBackend(BlockwiseBackend):
         queries, corpus = block.packed, prepared.packed
         n_queries, row_bytes = len(queries), queries.shape[1] * queries.dtype.itemsize
         copy_bytes = math.gcd(CHUNK, row_bytes, queries.data.ptr, corpus.data.ptr)
-        search = search_of(space, n_queries=n_queries, direct=direct, halves=halves is not None, copy_bytes=copy_bytes)
+        options = {"n_queries": n_queries, "direct": direct, "halves": halves is not None, "copy_bytes": copy_bytes}
+        search = chosen(space, **options)
         assert search is not None
         n_corpus, part_rows, device = len(corpus), blocks.corpus, cupy.cuda.Device().id
         n_parts = -(-n_corpus // part_rows)
@@ -326,14 +340,14 @@ class CupyBackend(BlockwiseBackend):
         if prepared.own_norms is not None:
             norms = block.own_norms, prepared.own_norms, prepared.columns
         start(
-            kernel(search.source, "search", search.shared_bytes, device),
+            kernel(search.source, "search", search.shared_bytes, device, search.tile.in_groups),
             (-(-n_queries // search.tile_queries), n_parts),
             search.tile.threads,
             (queries, corpus, *norms, keys, rows),
             (n_queries, n_corpus, row_bytes, part_rows, k),
             search.shared_bytes,
         )
-        values, indices = merged(search.source, keys, rows, k, space.ranked)
+        values, indices = merged(search.source, keys, rows, k, space.ranked, in_groups=search.tile.in_groups)
         return (values if halves is None else values / halves.scale / halves.scale), indices
 
     def _recomputed(
@@ -428,15 +442,38 @@ def uploader_of(device: int) -> Uploader:
     return Uploader(CupyLane())
 
 
+def chosen(space: Space, **options: Any) -> Search | None:
+    """Return `search_of` for the current device."""
+    return search_of(space, in_groups=multiplies_in_groups(cupy.cuda.Device().id), **options)
+
+
 def fused(space: Space, k: int, n_queries: int, n_corpus: int) -> Search | None:
     """Return the fused search of a problem, None if there is none or the device is too small for it."""
-    search = search_of(space, n_queries=n_queries) if k <= LARGEST_K and n_corpus <= MOST_ROWS else None
+    search = chosen(space, n_queries=n_queries) if k <= LARGEST_K and n_corpus <= MOST_ROWS else None
     return search if fits(search) else None
 
 
 def fits(search: Search | None) -> bool:
     """Return whether there is a search, and the current device has room for its tiles."""
     return search is not None and search.shared_bytes <= device_limits(cupy.cuda.Device().id)[1]
+
+
+@functools.cache
+def multiplies_in_groups(device: int) -> bool:
+    """Return whether a device has ``wgmma``, and CuPy the compiler for it."""
+    if str(cupy.cuda.Device(device).compute_capability) != GROUP_CAPABILITY:
+        return False
+    try:
+        _module(PROBE, in_groups=True)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        warnings.warn(
+            f"CuPy {cupy.__version__} does not compile for sm_{GROUP_ARCHITECTURE}, so that products take twice as "
+            f"long: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def tensor_error(space: Space) -> float:
@@ -469,14 +506,16 @@ def halves_of(rows: BlockCorpus) -> Halves | None:
     return rows.halves if isinstance(rows, SearchRows) else None
 
 
-def merged(source: str, keys: Native, rows: Native, k: int, ranked: np.dtype[Any]) -> tuple[Native, Native]:
+def merged(
+    source: str, keys: Native, rows: Native, k: int, ranked: np.dtype[Any], *, in_groups: bool = False
+) -> tuple[Native, Native]:
     """Return the k first, in order, of the lists of all parts, (n_parts, any, n_queries), by `merge` of a source."""
     n_parts, length, n_queries = keys.shape
     values, indices = cupy.empty((n_queries, k), ranked), cupy.empty((n_queries, k), np.int64)
     threads, size = merge_shape(n_parts * k)
     pair_bytes = keys.dtype.itemsize + rows.dtype.itemsize
     start(
-        kernel(source, "merge", MERGED * pair_bytes, cupy.cuda.Device().id),
+        kernel(source, "merge", MERGED * pair_bytes, cupy.cuda.Device().id, in_groups),
         (n_queries,),
         threads,
         (keys, rows, values, indices),
@@ -532,13 +571,13 @@ def start(
 
 
 @functools.cache
-def kernel(source: str, name: str, shared_bytes: int, device: int) -> Any:
+def kernel(source: str, name: str, shared_bytes: int, device: int, in_groups: bool) -> Any:
     """Return a kernel that may be started with so much shared memory: more than 48 KiB must be asked for.
 
     That is the kernel's on the current device, whose number is given, whoever starts it: each is always to be asked for
     with the same number of bytes.
     """
-    function = _module(source).get_function(name)
+    function = _module(source, in_groups).get_function(name)
     function.max_dynamic_shared_size_bytes = shared_bytes
     return function
 
@@ -549,5 +588,7 @@ def direct_module(space: Space) -> Any:
 
 
 @functools.cache
-def _module(source: str) -> Any:
+def _module(source: str, in_groups: bool = False) -> Any:
+    if in_groups:
+        return cupy.RawModule(path=str(machine_code(source, GROUP_ARCHITECTURE)))
     return cupy.RawModule(code=source, options=("--std=c++17",))

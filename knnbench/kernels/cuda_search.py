@@ -9,7 +9,7 @@ decides is the accumulation:
 ==================  ======================  ==================================================================
 rows, form          instruction             why
 ==================  ======================  ==================================================================
-uint8, products     IMMA.16832.U8.U8        exact in int32, and 16 to 30 times the rate of float32
+uint8, products     IMMA                    exact in int32, and 16 to 30 times the rate of float32
 uint8, absolutes    VABSDIFF4.U8.ACC        four differences, their signs and their sum in one
 uint8, largest      VABSDIFF4, VIMNMX3      four differences, compared by halves of a word
 float32, products   FFMA                    tensor cores (3xTF32) round by rules that are not published, so that no
@@ -18,6 +18,9 @@ float32, products   FFMA                    tensor cores (3xTF32) round by rules
 floats, direct      FADD, FADD or FFMA      the same operations as the naive form
 ==================  ======================  ==================================================================
 
+On devices of compute capability 9.0 tensor cores are given the work of four warps at once (``wgmma``), and read shared
+memory for themselves: one warp's instructions and loads keep them busy for half of the time.
+
 Products of float64 have no kernel here: cuBLAS computes them on tensor cores at twice the rate of DFMA.
 
 It needs neither CuPy nor a GPU: the tests compile it for devices that are not there, and as C++ for the host. The naive
@@ -25,7 +28,7 @@ form is `knnbench.backends.python`.
 
 References
 ----------
-.. [1] NVIDIA, Parallel Thread Execution ISA, sections on mma.m16n8k32, ldmatrix, cp.async and vabsdiff4.
+.. [1] NVIDIA, Parallel Thread Execution ISA, sections on mma.m16n8k32, wgmma, ldmatrix, cp.async and vabsdiff4.
 """
 
 import functools
@@ -90,6 +93,8 @@ class Tile:
         Blocks that share a multiprocessor, which limits the registers of a thread.
     slice_bytes : int
         Of a row, that pass through shared memory at a time.
+    in_groups : bool
+        Whether tensor cores are given the work of four warps at once (``wgmma``), and read shared memory themselves.
     """
 
     warps: tuple[int, int]
@@ -97,6 +102,7 @@ class Tile:
     stages: int
     blocks: int
     slice_bytes: int = 64
+    in_groups: bool = False
 
     @property
     def threads(self) -> int:
@@ -112,6 +118,9 @@ LANES = 4, 8
 # Warps of 32 x 64: 16 multiplications for 6 loads of matrices. Of 11 shapes measured on an H100 it is the fastest or
 # next to it: 2.0 ms on MNIST's bytes, against 2.2 with warps of 64 x 64, one block a multiprocessor and less to read.
 TENSOR_TILE = Tile(warps=(4, 2), per_thread=(4, 16), stages=2, blocks=2, slice_bytes=128)
+
+# Four warps have 64 x 256. Of the stages one is multiplied, one may still be, and two are on their way.
+GROUP_TILE = Tile(warps=(8, 1), per_thread=(2, 64), stages=4, blocks=1, slice_bytes=128, in_groups=True)
 
 # Shared memory gives a multiprocessor 128 bytes a clock, which is 4 clocks for a load of 16 bytes by each thread of a
 # warp. SAD takes 2 clocks of a quarter of a multiprocessor, and FFMA one: 16 loads for 256 SAD, and 24 for 512 FFMA,
@@ -188,8 +197,17 @@ const u32 copy_bytes = $copy_bytes;
 const bool uses_norms = $uses_norms;
 const u32 room = $room_tiles * tile_corpus;
 
-// A row takes an odd number of chunks, so that 8 threads who load a chunk each of 8 rows meet different banks.
-const u32 row_stride = (slice_chunks | 1) * chunk_bytes;
+
+// 8 threads who load a chunk each of 8 rows are to meet different banks: a row takes an odd number of chunks, or, as
+// tensor cores want it that read for themselves, its chunks change places with the number of the row.
+const bool in_groups = $in_groups;
+const u32 row_stride = in_groups ? slice_chunks * chunk_bytes : (slice_chunks | 1) * chunk_bytes;
+const u32 alignment = in_groups ? 1024 : 16;
+
+// Stages that may still be read when the next is begun with.
+const u32 lag = in_groups;
+
+__device__ u32 place_of(u32 row, u32 offset) { return in_groups ? offset ^ row % 8 * chunk_bytes : offset; }
 
 #ifdef __CUDACC__
 __device__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
@@ -212,8 +230,8 @@ template <u32 n_groups> __device__ void wait_for_all_but()
 #endif
 $intrinsics
 struct Stage {
-    alignas(16) byte queries[tile_queries][row_stride];
-    alignas(16) byte corpus[tile_corpus][row_stride];
+    alignas(alignment) byte queries[tile_queries][row_stride];
+    alignas(alignment) byte corpus[tile_corpus][row_stride];
     alignas(16) column_value columns[tile_corpus];
 };
 $lanes
@@ -246,8 +264,8 @@ template <u32 n> __device__ void copy_slice(byte (&to)[n][row_stride], const byt
         #pragma unroll
         for (u32 part = 0; part < chunk_bytes; part += copy_bytes) {
             const bool is_there = first + row < n_left && start + offset + part < row_bytes;
-            copy_async<copy_bytes>(&to[first + row][offset + part], from + (place + row * row_bytes + part),
-                                   is_there ? copy_bytes : 0);
+            byte* const target = &to[first + row][place_of(first + row, offset) + part];
+            copy_async<copy_bytes>(target, from + (place + row * row_bytes + part), is_there ? copy_bytes : 0);
         }
     }
 }
@@ -284,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(threads, $blocks) search(
     const column_value* columns, key* keys, u32* rows, u32 n_queries, u32 n_corpus, u32 row_bytes, u32 part_rows, u32 k)
 {
     extern __shared__ uint4 memory[];
-    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    Shared& shared = *reinterpret_cast<Shared*>((size_t(memory) + alignment - 1) / alignment * alignment);
     const u32 thread = threadIdx.x;
     const u32 first_query = blockIdx.x * tile_queries, first_row = blockIdx.y * part_rows;
     const u32 end_row = n_corpus - first_row < part_rows ? n_corpus : first_row + part_rows;
@@ -328,19 +346,21 @@ extern "C" __global__ void __launch_bounds__(threads, $blocks) search(
         end_of_group();
     };
 
-    for (u32 s = 0; s + 1 < n_stages; ++s)
+    for (u32 s = 0; s + 1 + lag < n_stages; ++s)
         copy_next(shared.stages[s]);
-    u32 current = n_stages - 1, visit = 0;
+    u32 current = n_stages - 1, freed = n_stages - 2 - lag, visit = 0;
     for (u32 tile = 0; tile < n_tiles; ++tile) {
         accumulator acc[down][across] = {};
         for (u32 chunk = 0; chunk < chunks; chunk += slice_chunks) {
-            wait_for_all_but<n_stages - 2>();
+            wait_for_all_but<n_stages - 2 - lag>();
+            show_copies();
             __syncthreads();
-            Stage& freed = shared.stages[current];
             current = current + 1 == n_stages ? 0 : current + 1;
-            copy_next(freed);
+            freed = freed + 1 == n_stages ? 0 : freed + 1;
+            copy_next(shared.stages[freed]);
             accumulate(acc, shared.stages[current], chunks - chunk);
         }
+        finish(acc);
         const u32 first = first_row + tile * tile_corpus;
         {
             column_value of[across];
@@ -405,6 +425,8 @@ template <typename T> __device__ T absolute(T x) { return fabs(x); }
 __device__ u32 query_of(u32 r) { return ((threadIdx.x / 32 / warps_across) * down + r) * 4 + threadIdx.x % 32 / 8; }
 __device__ u32 corpus_of(u32 c) { return ((threadIdx.x / 32 % warps_across) * across + c) * 8 + threadIdx.x % 8; }
 __device__ accumulator step(accumulator acc, word a, word b) { return $step; }
+__device__ void show_copies() {}
+__device__ void finish(accumulator (&)[down][across]) {}
 
 __device__ void accumulate(accumulator (&acc)[down][across], const Stage& stage, u32 n_chunks)
 {
@@ -499,7 +521,7 @@ __device__ void multiply_add(float& c0, float& c1, float& c2, float& c3, const u
 #endif
 """
 
-TENSOR_BODY = r"""
+TENSOR_PLACES = r"""
 // The layout of the accumulators of mma.m16n8: row lane / 4 and 8 below, columns 2 * (lane % 4) and right of it.
 __device__ u32 query_of(u32 r)
 {
@@ -509,7 +531,11 @@ __device__ u32 corpus_of(u32 c)
 {
     return threadIdx.x / 32 % warps_across * 4 * across + c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2;
 }
+"""
 
+TENSOR_BODY = r"""
+__device__ void show_copies() {}
+__device__ void finish(accumulator (&)[down][across]) {}
 __device__ void accumulate(accumulator (&acc)[down][across], const Stage& stage, u32 n_chunks)
 {
     static_assert(slice_chunks % 2 == 0 && down % 2 == 0 && across % 4 == 0, "no whole matrices");
@@ -546,6 +572,60 @@ __device__ void accumulate(accumulator (&acc)[down][across], const Stage& stage,
             return;
     }
 }
+"""
+
+# The accumulators of a multiplication of 64 x 256, as operands: of 8 columns each thread has two, in two rows.
+_OUTPUTS = ", ".join(f'"+{{0}}"(acc[{r // 2 % 2}][{r // 4 * 2 + r % 2}])' for r in range(128))
+_REGISTERS = ", ".join(f"%{r}" for r in range(128))
+
+GROUP = string.Template(r"""
+#ifdef __CUDACC__
+// Where rows of 128 bytes begin: in units of 16 bytes the address, and 1024 bytes from 8 rows to the next 8, whose
+// chunks change places (128-byte swizzling).
+__device__ u64 matrix_at(const byte* rows)
+{
+    return u64(shared_address(rows) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+}
+__device__ u64 bytes_on(u64 matrix, u32 n_bytes) { return matrix + (n_bytes >> 4); }
+// What ordinary threads wrote to shared memory becomes what tensor cores read.
+__device__ void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ void end_of_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <u32 n_groups> __device__ void wait_for_products()
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(n_groups) : "memory");
+}
+__device__ void multiply_add(int (&acc)[2][64], u64 a, u64 b)
+{
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %130, 0; "
+                 "wgmma.mma_async.sync.aligned.m64n256k32.s32.u8.u8 {$registers}, %128, %129, p; }"
+                 : $integers : "l"(a), "l"(b), "r"(1));
+}
+__device__ void multiply_add(float (&acc)[2][64], u64 a, u64 b)
+{
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %130, 0; "
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {$registers}, %128, %129, p, 1, 1, 0, 0; }"
+                 : $floats : "l"(a), "l"(b), "r"(1));
+}
+#endif
+""").substitute(registers=_REGISTERS, integers=_OUTPUTS.format("r"), floats=_OUTPUTS.format("f"))
+
+GROUP_BODY = r"""
+__device__ void show_copies() { fence_for_products(); }
+__device__ void accumulate(accumulator (&acc)[down][across], const Stage& stage, u32 n_chunks)
+{
+    static_assert(down == 2 && across == 64 && warps_across == 1 && slice_chunks == 8, "the layout of wgmma.m64n256");
+    const u64 a = matrix_at(stage.queries[threadIdx.x / 128 * 64]), b = matrix_at(stage.corpus[0]);
+    begin_products();
+    #pragma unroll
+    for (u32 chunk = 0; chunk < slice_chunks; chunk += 2)
+        if (chunk < n_chunks)
+            multiply_add(acc, bytes_on(a, chunk * chunk_bytes), bytes_on(b, chunk * chunk_bytes));
+    end_of_products();
+    // All but those: then the stage before may be written to.
+    wait_for_products<1>();
+}
+__device__ void finish(accumulator (&)[down][across]) { wait_for_products<0>(); }
 """
 
 # How accumulated values are ranked. An estimate orders the values of a query; a bound is what it must be within to be
@@ -744,7 +824,8 @@ class Search:
 class Way:
     """How a family of spaces is accumulated and ranked, in C++; a dtype of None is that of the rows.
 
-    Tensor cores multiply where there is no `step` of a word.
+    Tensor cores multiply where there is no `step` of a word; `group_tile` is for devices that give them the work of
+    four warps at once.
     """
 
     ranking: str
@@ -756,6 +837,7 @@ class Way:
     step: str = ""
     intrinsics: str = ""
     tile: Tile | None = None
+    group_tile: Tile | None = None
     uses_norms: bool = False
 
 
@@ -775,11 +857,14 @@ _FLOAT_SQUARES = SQUARES.substitute(
 )
 _ITSELF = ACCUMULATED.substitute(value="acc")
 
-HALVES = Way(_FLOAT_SQUARES, intrinsics=TENSOR, tile=TENSOR_TILE, uses_norms=True)
+HALVES = Way(_FLOAT_SQUARES, intrinsics=TENSOR, tile=TENSOR_TILE, group_tile=GROUP_TILE, uses_norms=True)
 """Of float32, by products of rows rounded to float16."""
 
 WAYS: dict[tuple[Callable[..., Any], bool], Way] = {
-    (squares_from_dot, True): _TENSORS(_INTEGER_SQUARES, key="uint32", norm="int32", column="int32"),
+    (squares_from_dot, True): _TENSORS(
+        _INTEGER_SQUARES, key="uint32", norm="int32", column="int32", group_tile=GROUP_TILE
+    ),
+    # Registers have no room for its float64 beside the sums of a group.
     (dot_itself, True): _TENSORS(COSINE, key="uint64", norm="float64", column="float32"),
     (add_absolute, True): _WORDS(_ITSELF, step="add_differences(acc, a, b)"),
     (keep_largest, True): _WORDS(ACCUMULATED.substitute(value="largest_byte(acc)"), step="keep_largest(acc, a, b)"),
@@ -795,6 +880,7 @@ def search_of(
     n_queries: int | None = None,
     direct: bool = False,
     halves: bool = False,
+    in_groups: bool = False,
     copy_bytes: int = CHUNK,
     tile: Tile | None = None,
 ) -> Search | None:
@@ -809,6 +895,9 @@ def search_of(
         By differences, where products would be preferred.
     halves : bool
         By products of rows rounded to float16; their norms are of float32.
+    in_groups : bool
+        For a device of compute capability 9.0, with the features of that architecture alone (``sm_90a``), where they
+        serve: see the `tile` of what is returned.
     copy_bytes : {16, 8, 4}
         What divides the length of rows, and their addresses.
     tile : Tile, optional
@@ -828,7 +917,8 @@ def search_of(
     if way is None or (dtype == np.float64 and way.uses_norms) or space.accumulator == np.int64:
         return None
     is_few = n_queries is not None and n_queries <= FEW_QUERIES
-    tile = tile or way.tile or (FEW_TILE if is_few else TILES[dtype.name])
+    group_tile = way.group_tile if in_groups else None
+    tile = tile or group_tile or way.tile or (FEW_TILE if is_few else TILES[dtype.name])
     search = _search(way, dtype, space.ranked, copy_bytes, tile)
     row_bytes = space.n_features * dtype.itemsize + CHUNK
     return search if max(search.tile_queries, search.tile_corpus) * row_bytes <= np.iinfo(np.uint32).max else None
@@ -859,23 +949,34 @@ def _search(way: Way, dtype: np.dtype[Any], ranked: np.dtype[Any], copy_bytes: i
         stages=tile.stages,
         blocks=tile.blocks,
         copy_bytes=copy_bytes,
+        in_groups=str(tile.in_groups).lower(),
         uses_norms=str(way.uses_norms).lower(),
         room_tiles=ROOM_TILES,
         tiles_a_visit=TILES_A_VISIT,
         shared_bytes=shared_bytes,
-        intrinsics=way.intrinsics,
-        lanes=LANES_BODY.substitute(word=TYPES[way.word or dtype.name], step=way.step) if way.step else TENSOR_BODY,
+        intrinsics=GROUP if tile.in_groups else way.intrinsics,
+        lanes=_body(way, dtype, tile),
         ranking=way.ranking,
     )
     merge = MERGE.substitute(ranked=TYPES[ranked.name], threads=MERGE_THREADS)
     return Search(common + body + merge, tile, queries, corpus, shared_bytes, key, norm, column)
 
 
+def _body(way: Way, dtype: np.dtype[Any], tile: Tile) -> str:
+    """Return how values are accumulated."""
+    if way.step:
+        return LANES_BODY.substitute(word=TYPES[way.word or dtype.name], step=way.step)
+    return TENSOR_PLACES + (GROUP_BODY if tile.in_groups else TENSOR_BODY)
+
+
 def _shared_bytes(tile: Tile, n_queries: int, n_corpus: int, column: np.dtype[Any]) -> int:
     """Return what the struct `Shared` takes, with the largest types for each query."""
-    row_stride = (tile.slice_bytes // CHUNK | 1) * CHUNK
-    stage = (n_queries + n_corpus) * row_stride + -(-n_corpus * column.itemsize // CHUNK) * CHUNK
-    return tile.stages * stage + n_queries * (8 + 8 + 4) + CHUNK
+    alignment = 1024 if tile.in_groups else CHUNK
+    row_stride = tile.slice_bytes if tile.in_groups else (tile.slice_bytes // CHUNK | 1) * CHUNK
+    stage = (n_queries + n_corpus) * row_stride + n_corpus * column.itemsize
+    stages = tile.stages * (-(-stage // alignment) * alignment)
+    # Rounded up by the alignment of the struct, and of where it begins.
+    return stages + n_queries * (8 + 8 + 4) + 2 * alignment
 
 
 def merge_shape(n_merged: int) -> tuple[int, int]:
