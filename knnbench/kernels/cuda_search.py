@@ -257,7 +257,8 @@ template <u32 n> __device__ void copy_slice(byte (&to)[n][row_stride], const byt
     // In 32 bits, but for the sum with the address.
     const u32 place = first * row_bytes + offset;
     from += start;
-    #pragma unroll
+    // Of small copies there are so many that their addresses would hold registers that sums need.
+    #pragma unroll (copy_bytes == 4 ? 1 : n)
     for (u32 row = 0; row < n; row += step) {
         if (n % step && first + row >= n)
             break;
@@ -302,7 +303,9 @@ extern "C" __global__ void __launch_bounds__(threads, $blocks) search(
     const column_value* columns, key* keys, u32* rows, u32 n_queries, u32 n_corpus, u32 row_bytes, u32 part_rows, u32 k)
 {
     extern __shared__ uint4 memory[];
-    Shared& shared = *reinterpret_cast<Shared*>((size_t(memory) + alignment - 1) / alignment * alignment);
+    // Rounded up only where it must be: the compiler forgets whose memory it is.
+    const size_t unaligned = alignment > sizeof(uint4) ? size_t(memory) % alignment : 0;
+    Shared& shared = *reinterpret_cast<Shared*>(memory + (unaligned ? (alignment - unaligned) / sizeof(uint4) : 0));
     const u32 thread = threadIdx.x;
     const u32 first_query = blockIdx.x * tile_queries, first_row = blockIdx.y * part_rows;
     const u32 end_row = n_corpus - first_row < part_rows ? n_corpus : first_row + part_rows;
@@ -348,16 +351,17 @@ extern "C" __global__ void __launch_bounds__(threads, $blocks) search(
 
     for (u32 s = 0; s + 1 + lag < n_stages; ++s)
         copy_next(shared.stages[s]);
-    u32 current = n_stages - 1, freed = n_stages - 2 - lag, visit = 0;
+    u32 current = n_stages - 1, visit = 0;
     for (u32 tile = 0; tile < n_tiles; ++tile) {
         accumulator acc[down][across] = {};
         for (u32 chunk = 0; chunk < chunks; chunk += slice_chunks) {
             wait_for_all_but<n_stages - 2 - lag>();
             show_copies();
             __syncthreads();
+            Stage& freed = shared.stages[lag == 0 ? current : current == 0 ? n_stages - 1 : current - 1];
+            static_assert(lag < 2, "which stage is free");
             current = current + 1 == n_stages ? 0 : current + 1;
-            freed = freed + 1 == n_stages ? 0 : freed + 1;
-            copy_next(shared.stages[freed]);
+            copy_next(freed);
             accumulate(acc, shared.stages[current], chunks - chunk);
         }
         finish(acc);
