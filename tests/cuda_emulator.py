@@ -25,6 +25,7 @@ HEADER = r"""
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <vector>
 
 struct Index { unsigned x, y, z; };
@@ -41,6 +42,7 @@ struct Thread {
     std::deque<std::vector<Copy>> groups;
     std::vector<Product> begun;
     std::deque<std::vector<Product>> products;
+    std::map<unsigned long long*, unsigned> waits;
     unsigned given[8];
     const void* place;
 };
@@ -194,6 +196,42 @@ static void multiply_add(float& c0, float& c1, float& c2, float& c3, const unsig
     wait(WAITS_FOR_WARP);
 }
 
+// A barrier that counts bytes: what is to be copied for each time that it is filled, and whether that was done. Copies
+// are made when the first thread waits for them.
+struct Filling { unsigned expected; std::vector<Copy> copies; bool done; };
+static std::map<unsigned long long*, std::vector<Filling>> fillings;
+static void begin_barrier(unsigned long long& barrier) { fillings[&barrier].clear(); }
+static void show_barriers() {}
+static void expect(unsigned long long& barrier, unsigned n_bytes)
+{
+    fillings[&barrier].push_back({n_bytes, {}, false});
+}
+static void copy_whole(void* to, const void* from, unsigned n_bytes, unsigned long long& barrier)
+{
+    if (uintptr_t(to) % 16 || uintptr_t(from) % 16 || n_bytes % 16) __builtin_trap();
+    const char* const start = static_cast<const char*>(from);
+    reads_outside |= std::none_of(arguments.begin(), arguments.end(), [&](auto argument) {
+        return start >= argument.first && start + n_bytes <= argument.first + argument.second;
+    });
+    fillings[&barrier].back().copies.push_back({to, from, n_bytes, n_bytes});
+    memset(to, 0xAA, n_bytes);  // what stood there may be gone from now on
+}
+// A thread waits for one filling after the other.
+static void wait_until_filled(unsigned long long& barrier, unsigned parity)
+{
+    const unsigned number = running->waits[&barrier]++;
+    if (number % 2 != parity) __builtin_trap();
+    if (fillings[&barrier].size() <= number) __builtin_trap();  // thread 0 comes first, and asks for it
+    Filling& filling = fillings[&barrier][number];
+    if (filling.done) return;
+    filling.done = true;
+    for (const Copy& copy : filling.copies) {
+        filling.expected -= copy.n_bytes;
+        memcpy(copy.to, copy.from, copy.n_bytes);
+    }
+    if (filling.expected) __builtin_trap();
+}
+
 // Products of four warps, whose matrices lie in shared memory: rows of 128 bytes with chunks that change places. They
 // are computed as late as the program allows.
 static uint64_t matrix_at(const unsigned char* rows)
@@ -202,7 +240,6 @@ static uint64_t matrix_at(const unsigned char* rows)
     return uintptr_t(rows);
 }
 static uint64_t bytes_on(uint64_t matrix, unsigned n_bytes) { return matrix + n_bytes; }
-static void fence_for_products() {}
 static void begin_products() {}
 static void multiply_add(int (&acc)[2][64], unsigned long long a, unsigned long long b)
 {
@@ -314,6 +351,7 @@ template <auto kernel> static int launch(const unsigned* dims, void** args)
             thread.state = RUNS;
             thread.groups.clear();
             thread.products.clear();
+            thread.waits.clear();
             makecontext(&thread.context, Entry<kernel>::run, 0);
         }
         for (size_t ended = 0; ended < threads.size();) {

@@ -98,6 +98,9 @@ class ndarray:
     def astype(self, dtype, order="K", casting=None, subok=None, copy=True):
         return wrap(self._host.astype(dtype, order=order, copy=copy))
 
+    def view(self, dtype=None):
+        return wrap(self._host.view(dtype))
+
     def reshape(self, *shape, order="C", copy=None):
         return wrap(self._host.reshape(*shape, order=order))
 

@@ -6,18 +6,26 @@ says.
 """
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from knnbench.dtypes import COMPUTED
+from knnbench.kernels import cuda_row_source
+from knnbench.kernels.cuda_row_source import pack_source
 from knnbench.kernels.cuda_search import (
     CHUNK,
     FEW_TILE,
+    GROUP_TILE,
     MERGED,
+    PANEL_ROWS,
     WAYS,
     Tile,
     merge_shape,
+    panels_shape,
     parts_of,
     search_of,
 )
@@ -27,6 +35,8 @@ from knnbench.ordering import MISSING, smallest_k
 from . import cuda_emulator
 from ._checks import assert_identical
 from .test_cuda_source import skip
+
+ROOT = Path(__file__).parents[1]
 
 # 8 by 16 values, and 32 by 32 by tensor cores.
 SMALL = Tile(warps=(1, 1), per_thread=(2, 2), stages=3, blocks=1, slice_bytes=32)
@@ -59,18 +69,37 @@ def padded(rows, n_bytes):
     return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
 
 
-def found(search, space, queries, corpus, k, *, n_parts=1, copy_bytes=CHUNK, source=None):
+def panels_of(rows):
+    """Return rows packed for tensor cores that read shared memory themselves."""
+    row_bytes = rows.strides[0]
+    packed = np.zeros(panels_shape(len(rows), row_bytes), np.uint8)
+    grid = (-(-len(rows) // cuda_row_source.ROWS_A_BLOCK),)
+    sizes = np.int64(len(rows)), np.int64(row_bytes), np.int32(PANEL_ROWS)
+    kernels = cuda_emulator.compiled(pack_source())
+    kernels.launch("pack_rows", grid, (cuda_row_source.THREADS,), (rows.view(np.uint8), packed, *sizes))
+    return packed
+
+
+def found(search, space, queries, corpus, k, *, n_parts=1, copy_bytes=CHUNK, source=None, halves=False):
     """Return what the kernels find."""
     kernels = cuda_emulator.compiled(source or search.source)
     norms = [(rows.astype(np.int64 if space.is_integer else rows.dtype) ** 2).sum(axis=1) for rows in (queries, corpus)]
     columns = 1 / np.sqrt(norms[1]) if space.form.rank_uses_norms else norms[1]
     norms, columns = [array.astype(search.norm) for array in norms], columns.astype(search.column)
+    if halves:
+        queries, corpus = (array.astype(np.float16) for array in (queries, corpus))
     rows = [padded(array, copy_bytes) for array in (queries, corpus)]
+    row_bytes = rows[0].strides[0]
     part_rows = -(-len(corpus) // n_parts)
+    if search.tile.in_groups:
+        rows = [panels_of(array) for array in (queries, corpus)]
+        row_bytes = queries.strides[0]
+        columns = np.pad(columns, (0, -len(columns) % search.tile_corpus), constant_values=77)
+        part_rows = -(-part_rows // search.tile_corpus) * search.tile_corpus
     n_parts = -(-len(corpus) // part_rows)
     lists = n_parts, search.list_length(k), len(queries)
     keys, numbers = np.zeros(lists, search.key), np.zeros(lists, np.uint32)
-    sizes = map(np.uint32, (len(queries), len(corpus), rows[0].strides[0], part_rows, k))
+    sizes = map(np.uint32, (len(queries), len(corpus), row_bytes, part_rows, k))
     grid = -(-len(queries) // search.tile_queries), n_parts
     arguments = *rows, *norms, columns, keys, numbers, *sizes
     kernels.launch("search", grid, (search.tile.threads,), arguments, search.shared_bytes)
@@ -146,6 +175,57 @@ def test_it_finds_what_the_naive_search_does(
     space = Space(METRICS[metric], np.dtype(dtype), n_features)
     queries, corpus = (whole_numbers(rng, dtype, n, n_features, high) for n in (n_queries, n_corpus))
     check(small_search(space, direct=direct), space, queries, corpus, k, n_parts=n_parts)
+
+
+@pytest.mark.parametrize(
+    ("n_queries", "n_corpus", "n_features", "k", "n_parts", "high"),
+    [
+        (1, 1, 1, 1, 1, 64),
+        (9, 17, 5, 17, 1, 64),
+        (130, 300, 37, 5, 1, 4),
+        (8, 700, 300, 20, 2, 3),
+        (3, 520, 784, 1, 2, 64),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+@pytest.mark.parametrize("tile", [GROUP_TILE, SMALL_TENSOR], ids=["groups", "warps"])
+def test_tensor_cores(tile, dtype, n_queries, n_corpus, n_features, k, n_parts, high, rng):
+    # Of whole numbers products of float16 are exact.
+    space = Space(METRICS["sqeuclidean"], np.dtype(dtype), n_features)
+    queries, corpus = (whole_numbers(rng, dtype, n, n_features, high) for n in (n_queries, n_corpus))
+    halves = dtype == "float32"
+    search = search_of(space, halves=halves, tile=tile)
+    check(search, space, queries, corpus, k, n_parts=n_parts, halves=halves)
+
+
+GROUP_FAULTS = [
+    ("wait_for_products<1>();", "wait_for_products<2>();"),
+    ("is_last * sizeof(stage.columns)", "0"),
+    ("current == 0 ? n_stages - 1 : current - 1", "current"),
+    ("parity ^= current == 0;", ""),
+]
+
+
+@pytest.mark.parametrize(("correct", "faulty"), GROUP_FAULTS, ids=[faulty for _, faulty in GROUP_FAULTS])
+def test_a_planted_fault_of_groups_shows(correct, faulty, rng):
+    # In a process of its own, as the emulator ends it where a barrier is misused.
+    code = f"from tests.test_cuda_search import look_for_fault; look_for_fault({correct!r}, {faulty!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode not in (0, 7), done.stdout + done.stderr
+
+
+def look_for_fault(correct, faulty):
+    """Exit with 7 if a source is wrong before it has a fault; raise, or trap, for a fault that shows."""
+    rng = np.random.default_rng(0)
+    space = Space(METRICS["sqeuclidean"], np.dtype(np.uint8), 300)
+    queries, corpus = (whole_numbers(rng, "uint8", n, 300) for n in (70, 600))
+    search = search_of(space, tile=GROUP_TILE)
+    assert search.source.count(correct) == 1, "7"
+    try:
+        check(search, space, queries, corpus, 3)
+    except AssertionError:
+        sys.exit(7)
+    check(search, space, queries, corpus, 3, source=search.source.replace(correct, faulty))
 
 
 @pytest.mark.parametrize("copy_bytes", [4, 8])

@@ -25,15 +25,24 @@ from knnbench.dtypes import Array
 from knnbench.errors import BackendUnavailableError
 from knnbench.kernels import cuda_row_source
 from knnbench.kernels.cuda_compiler import machine_code
-from knnbench.kernels.cuda_row_source import ROWS_A_BLOCK, halve_source, norms_source, scan_source, unit_source
+from knnbench.kernels.cuda_row_source import (
+    ROWS_A_BLOCK,
+    halve_source,
+    norms_source,
+    pack_source,
+    scan_source,
+    unit_source,
+)
 from knnbench.kernels.cuda_search import (
     AGAIN_THREADS,
     CHUNK,
     LARGEST_K,
     MERGED,
     MOST_ROWS,
+    PANEL_ROWS,
     Search,
     merge_shape,
+    panels_shape,
     parts_of,
     recompute_source,
     search_of,
@@ -78,17 +87,20 @@ class Halves:
     Attributes
     ----------
     rows : (n, any) native array
-        Centred, times `scale`, rounded, with zeros at the ends that 128-bit loads need.
+        Centred, times `scale`, rounded, with zeros at the ends that 128-bit loads need; or such rows in panels.
     scale : (1,) native array
         A power of two.
     norms, lost : (n,) native arrays
         Squared norms, times the square of `scale`, of centred rows and of what rounding took from them.
+    columns : (any,) native array
+        `norms`, and room behind.
     """
 
     rows: Native
     scale: Native
     norms: Native
     lost: Native
+    columns: Native
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +109,8 @@ class SearchRows(BlockCorpus):
 
     Attributes
     ----------
-    packed : (n, any) native array
-        What is accumulated: `rows` or `centred`, with zeros at the ends that 128-bit loads need.
+    packed : native array
+        What is accumulated: `rows` or `centred`, (n, any) with zeros at the ends that 128-bit loads need; or in panels.
     own_norms : native array or None
         Squared norms (n,) of `packed`, where the search uses norms.
     columns : native array or None
@@ -256,7 +268,7 @@ class CupyBackend(BlockwiseBackend):
         assert taken.centred is not None
         _, exponent = cupy.frexp(cupy.maximum(taken.centred.max(), -taken.centred.min()))
         scale = cupy.ldexp(np.float32(1), cupy.clip(HALF_EXPONENT - exponent, -MOST_EXPONENT, MOST_EXPONENT))
-        halves = halved(taken.rows, taken.centre, scale.reshape(1))
+        halves = halved(taken.rows, taken.centre, scale.reshape(1), in_panels=takes_panels(space, halves=True))
         return SearchRows(taken.rows, taken.norms, taken.centre, halves=halves)
 
     def _without_halves(self, prepared: BlockCorpus, space: Space) -> BlockCorpus:
@@ -268,22 +280,24 @@ class CupyBackend(BlockwiseBackend):
         block = super()._take_queries(queries, prepared, space)
         if halves is None:
             return block
-        return SearchRows(block.rows, block.norms, halves=halved(block.rows, prepared.centre, halves.scale))
+        own = halved(block.rows, prepared.centre, halves.scale, in_panels=takes_panels(space, halves=True))
+        return SearchRows(block.rows, block.norms, halves=own)
 
     def _take(self, rows: Native, centre: Native | None, space: Space) -> SearchRows:
         if centre is not None:
             centred = padded(rows - centre)
             norms = squared_norms(centred, centred.dtype, centre=0)
             return SearchRows(rows, norms, centre, centred, centred, norms, norms)
-        packed = padded(rows)
+        packed = panels_of(rows) if takes_panels(space) else padded(rows)
         if space.form.from_dot is None:
             return SearchRows(rows, packed=packed)
         if space.form.rank_uses_norms:
             norms = squared_norms(rows, space.ranked, centre=0)
             return SearchRows(rows, norms, None, None, packed, norms, (1 / cupy.sqrt(norms)).astype(np.float32))
         norms = squared_norms(rows, space.accumulator, centre=CENTRE_OF_UINT8)
-        own_norms = squared_norms(rows, space.accumulator, centre=0)
-        return SearchRows(rows, norms, None, None, packed, own_norms, own_norms)
+        columns = room_for_columns(len(rows), space.accumulator)
+        own_norms = squared_norms(rows, space.accumulator, centre=0, room=columns)
+        return SearchRows(rows, norms, None, None, packed, own_norms, columns)
 
     def _search_blocks(self, n_queries: int, n_corpus: int, k: int, space: Space, budget: int) -> Blocks:
         search = fused(space, k, n_queries, n_corpus)
@@ -308,7 +322,8 @@ class CupyBackend(BlockwiseBackend):
         multiprocessors, _ = device_limits(cupy.cuda.Device().id)
         tiles = -(-queries // search.tile_queries), -(-n_corpus // search.tile_corpus)
         n_parts = parts_of(*tiles, search.tile.blocks * multiprocessors, most)
-        return Blocks(queries, -(-n_corpus // n_parts), 0)
+        part_rows = -(-n_corpus // n_parts)
+        return Blocks(queries, -(-part_rows // search.tile_corpus) * search.tile_corpus, 0)
 
     def _nearest(
         self, block: BlockCorpus, prepared: BlockCorpus, k: int, space: Space, blocks: Blocks, *, direct: bool = False
@@ -323,15 +338,19 @@ class CupyBackend(BlockwiseBackend):
         halves, own = prepared.halves, block.halves
         if halves is not None and own is not None:
             block, prepared = (
-                SearchRows(own.rows, packed=own.rows, own_norms=own.norms, columns=own.norms) for own in (own, halves)
+                SearchRows(own.norms, packed=own.rows, own_norms=own.norms, columns=own.columns)
+                for own in (own, halves)
             )
         queries, corpus = block.packed, prepared.packed
-        n_queries, row_bytes = len(queries), queries.shape[1] * queries.dtype.itemsize
-        copy_bytes = math.gcd(CHUNK, row_bytes, queries.data.ptr, corpus.data.ptr)
+        n_queries, n_corpus, row_bytes = len(block.rows), len(prepared.rows), queries.shape[1] * queries.dtype.itemsize
+        in_panels = takes_panels(space, direct=direct, halves=halves is not None)
+        if in_panels:
+            row_bytes = space.n_features * (1 if halves is None else 2)
+        copy_bytes = CHUNK if in_panels else math.gcd(CHUNK, row_bytes, queries.data.ptr, corpus.data.ptr)
         options = {"n_queries": n_queries, "direct": direct, "halves": halves is not None, "copy_bytes": copy_bytes}
         search = chosen(space, **options)
         assert search is not None
-        n_corpus, part_rows, device = len(corpus), blocks.corpus, cupy.cuda.Device().id
+        part_rows, device = blocks.corpus, cupy.cuda.Device().id
         n_parts = -(-n_corpus // part_rows)
         lists = n_parts, search.list_length(k), n_queries
         keys, rows = cupy.empty(lists, search.key), cupy.empty(lists, np.uint32)
@@ -447,6 +466,20 @@ def chosen(space: Space, **options: Any) -> Search | None:
     return search_of(space, in_groups=multiplies_in_groups(cupy.cuda.Device().id), **options)
 
 
+def takes_panels(space: Space, **options: Any) -> bool:
+    """Return whether the search that is `chosen` wants its rows in panels."""
+    search = chosen(space, **options)
+    return search is not None and search.tile.in_groups
+
+
+def panels_of(rows: Native) -> Native:
+    """Return C-contiguous rows in the panels of `pack_rows`."""
+    n_rows, row_bytes = len(rows), rows.shape[1] * rows.dtype.itemsize
+    packed = cupy.zeros(panels_shape(n_rows, row_bytes), np.uint8)
+    on_rows(pack_source(), "pack_rows", rows.view(np.uint8), packed, more=(np.int32(PANEL_ROWS),))
+    return packed
+
+
 def fused(space: Space, k: int, n_queries: int, n_corpus: int) -> Search | None:
     """Return the fused search of a problem, None if there is none or the device is too small for it."""
     search = chosen(space, n_queries=n_queries) if k <= LARGEST_K and n_corpus <= MOST_ROWS else None
@@ -491,14 +524,15 @@ def tensor_error(space: Space) -> float:
     return 2 * 17 * 2.0**-23 * math.ceil(space.n_features / 16)
 
 
-def halved(rows: Native, centre: Native, scale: Native) -> Halves:
+def halved(rows: Native, centre: Native, scale: Native, *, in_panels: bool) -> Halves:
     """Return rows less a centre, times a scale, as float16, by the CUDA kernel."""
     n_rows, n_features = rows.shape
-    step = CHUNK // 2
+    step = 1 if in_panels else CHUNK // 2
     halves = cupy.empty((n_rows, -(-n_features // step) * step), np.float16)
-    norms, lost = cupy.empty(n_rows, np.float32), cupy.empty(n_rows, np.float32)
+    columns, lost = room_for_columns(n_rows, np.float32), cupy.empty(n_rows, np.float32)
+    norms = columns[:n_rows]
     on_rows(halve_source(), "halve", rows, centre, scale, halves, norms, lost, more=(np.int64(halves.shape[1]),))
-    return Halves(halves, scale, norms, lost)
+    return Halves(panels_of(halves) if in_panels else halves, scale, norms, lost, columns)
 
 
 def halves_of(rows: BlockCorpus) -> Halves | None:
@@ -548,9 +582,14 @@ def padded(rows: Native) -> Native:
     return result
 
 
-def squared_norms(rows: Native, dtype: np.dtype[Any], *, centre: int) -> Native:
+def room_for_columns(n_rows: int, dtype: Any) -> Native:
+    """Return room for a number of each row, and of those that fill up the last tile of panels."""
+    return cupy.empty(panels_shape(n_rows, 1)[0], dtype)
+
+
+def squared_norms(rows: Native, dtype: np.dtype[Any], *, centre: int, room: Native | None = None) -> Native:
     """Return the squared norms of rows less a centre, by the CUDA kernel."""
-    norms = cupy.empty(len(rows), dtype)
+    norms = cupy.empty(len(rows), dtype) if room is None else room[: len(rows)]
     on_rows(norms_source(rows.dtype, dtype), "squared_norms", rows, norms, more=(np.int32(centre),))
     return norms
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from .cuda_source import TYPES
 
-__all__ = ["ROWS_A_BLOCK", "THREADS", "halve_source", "norms_source", "scan_source", "unit_source"]
+__all__ = ["ROWS_A_BLOCK", "THREADS", "halve_source", "norms_source", "pack_source", "scan_source", "unit_source"]
 
 THREADS = 128
 """Threads a block."""
@@ -106,6 +106,30 @@ extern "C" __global__ void __launch_bounds__($threads) squared_norms(
     sum = sum_of_warp(sum);
     if (lane == 0)
         out[i] = ($norm)sum;
+}
+""")
+
+PACK = string.Template(r"""
+// Rows of bytes in panels, of which the slices of 128 bytes come one after the other: in a slice the rows, and in a row
+// its 8 chunks of 16 bytes, which change places with the number of the row (128-byte swizzling). What is not written
+// to is zero.
+extern "C" __global__ void __launch_bounds__($threads) pack_rows(
+    const unsigned char* rows, uint4* packed, size n_rows, size row_bytes, int panel_rows)
+{
+    $row
+    const size n_chunks = (row_bytes + 15) / 16, n_slices = (n_chunks + 7) / 8;
+    const bool is_aligned = (size_t(rows) | row_bytes) % 16 == 0;
+    packed += i / panel_rows * n_slices * panel_rows * 8 + i % panel_rows * 8;
+    for (size c = lane; c < n_chunks; c += 32) {
+        uint4 chunk = {0, 0, 0, 0};
+        const unsigned char* const from = rows + i * row_bytes + c * 16;
+        if (is_aligned)
+            chunk = *reinterpret_cast<const uint4*>(from);
+        else
+            for (int b = 0; b < 16 && c * 16 + b < row_bytes; ++b)
+                reinterpret_cast<unsigned char*>(&chunk)[b] = from[b];
+        packed[c / 8 * panel_rows * 8 + (c % 8 ^ i % 8)] = chunk;
+    }
 }
 """)
 
@@ -208,6 +232,21 @@ def norms_source(element: np.dtype[Any], dtype: np.dtype[Any]) -> str:
     name = TYPES[element.name]
     value, total = ("int", "long long") if element.kind == "u" else (name, name)
     return _source(NORMS, element=name, value=value, sum=total, norm=TYPES[dtype.name])
+
+
+def pack_source() -> str:
+    """Return the source of `pack_rows`.
+
+    Returns
+    -------
+    str
+        As `scan_source` does, of rows of bytes, which are as long as `row_bytes` says::
+
+            pack_rows(rows, packed, n_rows, row_bytes, panel_rows)
+                `packed` of zeros, ceil(n_rows / panel_rows) * panel_rows * ceil(row_bytes / 128) * 128 bytes;
+                `panel_rows`, of 32 bits, is a multiple of 8
+    """
+    return _source(PACK)
 
 
 def halve_source() -> str:

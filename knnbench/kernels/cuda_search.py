@@ -49,9 +49,11 @@ __all__ = [
     "LARGEST_K",
     "MERGED",
     "MOST_ROWS",
+    "PANEL_ROWS",
     "Search",
     "Tile",
     "merge_shape",
+    "panels_shape",
     "parts_of",
     "recompute_source",
     "search_of",
@@ -69,6 +71,9 @@ MERGED = 8192
 
 MERGE_THREADS = 512
 """Threads a block of `merge` at the most."""
+
+PANEL_ROWS = 128
+"""Rows that are packed together for tensor cores that read shared memory themselves."""
 
 AGAIN_THREADS = 128
 """Threads a block of `recompute`."""
@@ -198,46 +203,15 @@ const bool uses_norms = $uses_norms;
 const u32 room = $room_tiles * tile_corpus;
 
 
-// 8 threads who load a chunk each of 8 rows are to meet different banks: a row takes an odd number of chunks, or, as
-// tensor cores want it that read for themselves, its chunks change places with the number of the row.
-const bool in_groups = $in_groups;
-const u32 row_stride = in_groups ? slice_chunks * chunk_bytes : (slice_chunks | 1) * chunk_bytes;
-const u32 alignment = in_groups ? 1024 : 16;
-
-// Stages that may still be read when the next is begun with.
-const u32 lag = in_groups;
-
-__device__ u32 place_of(u32 row, u32 offset) { return in_groups ? offset ^ row % 8 * chunk_bytes : offset; }
-
 #ifdef __CUDACC__
 __device__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-
-// Copies n_bytes of `size` and fills up with zeros. What is copied whole does not pass through the first-level cache.
-template <u32 size> __device__ void copy_async(void* to, const void* from, u32 n_bytes)
-{
-    if (size == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(shared_address(to)), "l"(from), "r"(n_bytes) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                     :: "r"(shared_address(to)), "l"(from), "n"(size), "r"(n_bytes) : "memory");
-}
-__device__ void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <u32 n_groups> __device__ void wait_for_all_but()
-{
-    asm volatile("cp.async.wait_group %0;" :: "n"(n_groups) : "memory");
-}
 #endif
-$intrinsics
-struct Stage {
-    alignas(alignment) byte queries[tile_queries][row_stride];
-    alignas(alignment) byte corpus[tile_corpus][row_stride];
-    alignas(16) column_value columns[tile_corpus];
-};
+$copying$intrinsics
 $lanes
 $ranking
 struct Shared {
     Stage stages[n_stages];
+    Feed feed;
     bound bounds[tile_queries];
     norm_value norms[tile_queries];
     u32 counts[tile_queries];
@@ -245,31 +219,6 @@ struct Shared {
 static_assert(sizeof(Shared) <= $shared_bytes, "more shared memory than is asked for");
 static_assert(tile_queries <= threads, "a query without a thread");
 static_assert(tile_corpus <= threads, "a column without a thread");
-
-// Starts to copy a slice of some rows, of which n_left are there, from byte `start` on; zeros stand for the others and
-// for what lies past the ends of rows.
-template <u32 n> __device__ void copy_slice(byte (&to)[n][row_stride], const byte* from, u32 n_left, u32 start,
-                                            u32 row_bytes)
-{
-    const u32 step = threads / slice_chunks;
-    static_assert(threads % slice_chunks == 0, "a thread copies the same chunk of several rows");
-    const u32 first = threadIdx.x / slice_chunks, offset = threadIdx.x % slice_chunks * chunk_bytes;
-    // In 32 bits, but for the sum with the address.
-    const u32 place = first * row_bytes + offset;
-    from += start;
-    // Of small copies there are so many that their addresses would hold registers that sums need.
-    #pragma unroll (copy_bytes == 4 ? 1 : n)
-    for (u32 row = 0; row < n; row += step) {
-        if (n % step && first + row >= n)
-            break;
-        #pragma unroll
-        for (u32 part = 0; part < chunk_bytes; part += copy_bytes) {
-            const bool is_there = first + row < n_left && start + offset + part < row_bytes;
-            byte* const target = &to[first + row][place_of(first + row, offset) + part];
-            copy_async<copy_bytes>(target, from + (place + row * row_bytes + part), is_there ? copy_bytes : 0);
-        }
-    }
-}
 
 // Puts a pair in the place of the largest of a heap, whose elements are `stride` apart.
 __device__ void replace_largest(key* keys, u32* rows, u32 stride, u32 size, key value, u32 row)
@@ -303,9 +252,7 @@ extern "C" __global__ void __launch_bounds__(threads, $blocks) search(
     const column_value* columns, key* keys, u32* rows, u32 n_queries, u32 n_corpus, u32 row_bytes, u32 part_rows, u32 k)
 {
     extern __shared__ uint4 memory[];
-    // Rounded up only where it must be: the compiler forgets whose memory it is.
-    const size_t unaligned = alignment > sizeof(uint4) ? size_t(memory) % alignment : 0;
-    Shared& shared = *reinterpret_cast<Shared*>(memory + (unaligned ? (alignment - unaligned) / sizeof(uint4) : 0));
+    Shared& shared = *reinterpret_cast<Shared*>($memory);
     const u32 thread = threadIdx.x;
     const u32 first_query = blockIdx.x * tile_queries, first_row = blockIdx.y * part_rows;
     const u32 end_row = n_corpus - first_row < part_rows ? n_corpus : first_row + part_rows;
@@ -329,39 +276,18 @@ extern "C" __global__ void __launch_bounds__(threads, $blocks) search(
             rows[size_t(e) * n_queries + thread] = no_row;
         }
 
-    const byte* const query_rows = queries + u64(first_query) * row_bytes;
-    const byte* next_rows = corpus + u64(first_row) * row_bytes;
-    u32 next_first = first_row, next_slice = 0;
-    auto copy_next = [&](Stage& stage) {
-        if (next_first < end_row) {
-            const u32 start = next_slice * slice_chunks * chunk_bytes;
-            copy_slice(stage.queries, query_rows, n_queries - first_query, start, row_bytes);
-            copy_slice(stage.corpus, next_rows, end_row - next_first, start, row_bytes);
-            if (++next_slice == n_slices) {
-                if (uses_norms && thread < tile_corpus)
-                    copy_async<sizeof(column_value)>(&stage.columns[thread], columns + next_first + thread,
-                                                     thread < end_row - next_first ? sizeof(column_value) : 0);
-                next_slice = 0;
-                next_first += tile_corpus;
-                next_rows += u64(tile_corpus) * row_bytes;
-            }
-        }
-        end_of_group();
-    };
-
+$feeding
     for (u32 s = 0; s + 1 + lag < n_stages; ++s)
         copy_next(shared.stages[s]);
     u32 current = n_stages - 1, visit = 0;
     for (u32 tile = 0; tile < n_tiles; ++tile) {
         accumulator acc[down][across] = {};
         for (u32 chunk = 0; chunk < chunks; chunk += slice_chunks) {
-            wait_for_all_but<n_stages - 2 - lag>();
-            show_copies();
-            __syncthreads();
+            $waiting
             Stage& freed = shared.stages[lag == 0 ? current : current == 0 ? n_stages - 1 : current - 1];
-            static_assert(lag < 2, "which stage is free");
             current = current + 1 == n_stages ? 0 : current + 1;
             copy_next(freed);
+            $arriving
             accumulate(acc, shared.stages[current], chunks - chunk);
         }
         finish(acc);
@@ -418,6 +344,163 @@ extern "C" __global__ void __launch_bounds__(threads, $blocks) search(
 }
 """)
 
+# Slices come by asynchronous copies of single chunks, whoever makes them.
+COPIES = string.Template(r"""
+// A row takes an odd number of chunks, so that 8 threads who load a chunk each of 8 rows meet different banks.
+const u32 row_stride = (slice_chunks | 1) * chunk_bytes;
+
+// Stages that may still be read when the next is begun with.
+const u32 lag = 0;
+
+#ifdef __CUDACC__
+// Copies n_bytes of `size` and fills up with zeros. What is copied whole does not pass through the first-level cache.
+template <u32 size> __device__ void copy_async(void* to, const void* from, u32 n_bytes)
+{
+    if (size == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :: "r"(shared_address(to)), "l"(from), "r"(n_bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     :: "r"(shared_address(to)), "l"(from), "n"(size), "r"(n_bytes) : "memory");
+}
+__device__ void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <u32 n_groups> __device__ void wait_for_all_but()
+{
+    asm volatile("cp.async.wait_group %0;" :: "n"(n_groups) : "memory");
+}
+#endif
+
+struct Stage {
+    alignas(16) byte queries[tile_queries][row_stride];
+    alignas(16) byte corpus[tile_corpus][row_stride];
+    alignas(16) column_value columns[tile_corpus];
+};
+struct Feed {};
+
+// Starts to copy a slice of some rows, of which n_left are there, from byte `start` on; zeros stand for the others and
+// for what lies past the ends of rows.
+template <u32 n> __device__ void copy_slice(byte (&to)[n][row_stride], const byte* from, u32 n_left, u32 start,
+                                            u32 row_bytes)
+{
+    const u32 step = threads / slice_chunks;
+    static_assert(threads % slice_chunks == 0, "a thread copies the same chunk of several rows");
+    const u32 first = threadIdx.x / slice_chunks, offset = threadIdx.x % slice_chunks * chunk_bytes;
+    // In 32 bits, but for the sum with the address.
+    const u32 place = first * row_bytes + offset;
+    from += start;
+    // Of small copies there are so many that their addresses would hold registers that sums need.
+    #pragma unroll (copy_bytes == 4 ? 1 : n)
+    for (u32 row = 0; row < n; row += step) {
+        if (n % step && first + row >= n)
+            break;
+        #pragma unroll
+        for (u32 part = 0; part < chunk_bytes; part += copy_bytes) {
+            const bool is_there = first + row < n_left && start + offset + part < row_bytes;
+            copy_async<copy_bytes>(&to[first + row][offset + part], from + (place + row * row_bytes + part),
+                                   is_there ? copy_bytes : 0);
+        }
+    }
+}
+""")
+
+FEEDING = r"""
+    const byte* const query_rows = queries + u64(first_query) * row_bytes;
+    const byte* next_rows = corpus + u64(first_row) * row_bytes;
+    u32 next_first = first_row, next_slice = 0;
+    auto copy_next = [&](Stage& stage) {
+        if (next_first < end_row) {
+            const u32 start = next_slice * slice_chunks * chunk_bytes;
+            copy_slice(stage.queries, query_rows, n_queries - first_query, start, row_bytes);
+            copy_slice(stage.corpus, next_rows, end_row - next_first, start, row_bytes);
+            if (++next_slice == n_slices) {
+                if (uses_norms && thread < tile_corpus)
+                    copy_async<sizeof(column_value)>(&stage.columns[thread], columns + next_first + thread,
+                                                     thread < end_row - next_first ? sizeof(column_value) : 0);
+                next_slice = 0;
+                next_first += tile_corpus;
+                next_rows += u64(tile_corpus) * row_bytes;
+            }
+        }
+        end_of_group();
+    };
+"""
+WAITING = "wait_for_all_but<n_stages - 2>();\n            __syncthreads();"
+
+# Slices come whole, as one copy each of the rows of a panel that were packed for it: see `cuda_row_source.pack_source`.
+PANEL_COPIES = string.Template(r"""
+const u32 panel_rows = $panel_rows, row_stride = slice_chunks * chunk_bytes;
+const u32 lag = 1;
+
+#ifdef __CUDACC__
+// What is copied to shared memory counts down the bytes that a barrier was told to expect.
+__device__ void begin_barrier(u64& barrier)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared_address(&barrier)) : "memory");
+}
+__device__ void show_barriers() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ void expect(u64& barrier, u32 n_bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(shared_address(&barrier)), "r"(n_bytes) : "memory");
+}
+__device__ void copy_whole(void* to, const void* from, u32 n_bytes, u64& barrier)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared_address(to)), "l"(from), "r"(n_bytes), "r"(shared_address(&barrier)) : "memory");
+}
+// Waits until a barrier was filled an odd number of times, or for `parity` of 1 an even one.
+__device__ void wait_until_filled(u64& barrier, u32 parity)
+{
+    asm volatile("{ .reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra AGAIN; }"
+                 :: "r"(shared_address(&barrier)), "r"(parity) : "memory");
+}
+#endif
+
+struct Stage {
+    alignas(1024) byte queries[tile_queries][row_stride];
+    alignas(1024) byte corpus[tile_corpus][row_stride];
+    alignas(16) column_value columns[tile_corpus];
+};
+struct Feed { u64 filled[n_stages]; };
+static_assert(tile_queries % panel_rows == 0 && tile_corpus % panel_rows == 0, "tiles of whole panels");
+
+// Starts to copy a slice of the panels of a tile.
+template <u32 n> __device__ void copy_panels(byte (&to)[n][row_stride], const byte* from, u32 first, u32 slice,
+                                             u32 n_slices, u64& filled)
+{
+    const u32 n_bytes = panel_rows * row_stride;
+    #pragma unroll
+    for (u32 panel = 0; panel < n / panel_rows; ++panel)
+        copy_whole(to[panel * panel_rows], from + (u64(first / panel_rows + panel) * n_slices + slice) * n_bytes,
+                   n_bytes, filled);
+}
+""")
+
+PANEL_FEEDING = r"""
+    u32 next_first = first_row, next_slice = 0, parity = 1;
+    if (thread == 0) {
+        for (u32 s = 0; s < n_stages; ++s)
+            begin_barrier(shared.feed.filled[s]);
+        show_barriers();
+    }
+    auto copy_next = [&](Stage& stage) {
+        if (thread || next_first >= end_row)
+            return;
+        u64& filled = shared.feed.filled[&stage - shared.stages];
+        const bool is_last = ++next_slice == n_slices;
+        expect(filled, sizeof(stage.queries) + sizeof(stage.corpus) + is_last * sizeof(stage.columns));
+        copy_panels(stage.queries, queries, first_query, next_slice - 1, n_slices, filled);
+        copy_panels(stage.corpus, corpus, next_first, next_slice - 1, n_slices, filled);
+        if (is_last) {
+            copy_whole(stage.columns, columns + next_first, sizeof(stage.columns), filled);
+            next_slice = 0;
+            next_first += tile_corpus;
+        }
+    };
+"""
+# The first wait for a stage is for parity 0.
+PANEL_ARRIVING = "parity ^= current == 0;\n            wait_until_filled(shared.feed.filled[current], parity);"
+
 # Without tensor cores: a thread holds `down` rows by `across` of the corpus, the threads of a warp interleaved.
 LANES_BODY = string.Template(r"""
 typedef $word word;
@@ -429,7 +512,6 @@ template <typename T> __device__ T absolute(T x) { return fabs(x); }
 __device__ u32 query_of(u32 r) { return ((threadIdx.x / 32 / warps_across) * down + r) * 4 + threadIdx.x % 32 / 8; }
 __device__ u32 corpus_of(u32 c) { return ((threadIdx.x / 32 % warps_across) * across + c) * 8 + threadIdx.x % 8; }
 __device__ accumulator step(accumulator acc, word a, word b) { return $step; }
-__device__ void show_copies() {}
 __device__ void finish(accumulator (&)[down][across]) {}
 
 __device__ void accumulate(accumulator (&acc)[down][across], const Stage& stage, u32 n_chunks)
@@ -538,7 +620,6 @@ __device__ u32 corpus_of(u32 c)
 """
 
 TENSOR_BODY = r"""
-__device__ void show_copies() {}
 __device__ void finish(accumulator (&)[down][across]) {}
 __device__ void accumulate(accumulator (&acc)[down][across], const Stage& stage, u32 n_chunks)
 {
@@ -591,8 +672,6 @@ __device__ u64 matrix_at(const byte* rows)
     return u64(shared_address(rows) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 __device__ u64 bytes_on(u64 matrix, u32 n_bytes) { return matrix + (n_bytes >> 4); }
-// What ordinary threads wrote to shared memory becomes what tensor cores read.
-__device__ void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ void end_of_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <u32 n_groups> __device__ void wait_for_products()
@@ -614,18 +693,23 @@ __device__ void multiply_add(float (&acc)[2][64], u64 a, u64 b)
 #endif
 """).substitute(registers=_REGISTERS, integers=_OUTPUTS.format("r"), floats=_OUTPUTS.format("f"))
 
-GROUP_BODY = r"""
-__device__ void show_copies() { fence_for_products(); }
-__device__ void accumulate(accumulator (&acc)[down][across], const Stage& stage, u32 n_chunks)
+GROUP_BODY = r"""__device__ void accumulate(accumulator (&acc)[down][across], const Stage& stage, u32 n_chunks)
 {
     static_assert(down == 2 && across == 64 && warps_across == 1 && slice_chunks == 8, "the layout of wgmma.m64n256");
     const u64 a = matrix_at(stage.queries[threadIdx.x / 128 * 64]), b = matrix_at(stage.corpus[0]);
     begin_products();
-    #pragma unroll
-    for (u32 chunk = 0; chunk < slice_chunks; chunk += 2)
-        if (chunk < n_chunks)
+    if (n_chunks >= slice_chunks) {
+        #pragma unroll
+        for (u32 chunk = 0; chunk < slice_chunks; chunk += 2)
             multiply_add(acc, bytes_on(a, chunk * chunk_bytes), bytes_on(b, chunk * chunk_bytes));
-    end_of_products();
+        end_of_products();  // not after both ways: that would take a product of its own, to be waited for
+    } else {
+        // Past the ends of rows stand zeros.
+        #pragma unroll 1
+        for (u32 chunk = 0; chunk < n_chunks; chunk += 2)
+            multiply_add(acc, bytes_on(a, chunk * chunk_bytes), bytes_on(b, chunk * chunk_bytes));
+        end_of_products();
+    }
     // All but those: then the stage before may be written to.
     wait_for_products<1>();
 }
@@ -953,7 +1037,11 @@ def _search(way: Way, dtype: np.dtype[Any], ranked: np.dtype[Any], copy_bytes: i
         stages=tile.stages,
         blocks=tile.blocks,
         copy_bytes=copy_bytes,
-        in_groups=str(tile.in_groups).lower(),
+        copying=_copying(tile),
+        memory="(size_t(memory) + 1023) / 1024 * 1024" if tile.in_groups else "memory",
+        feeding=PANEL_FEEDING if tile.in_groups else FEEDING,
+        waiting="__syncthreads();" if tile.in_groups else WAITING,
+        arriving=PANEL_ARRIVING if tile.in_groups else "",
         uses_norms=str(way.uses_norms).lower(),
         room_tiles=ROOM_TILES,
         tiles_a_visit=TILES_A_VISIT,
@@ -973,6 +1061,11 @@ def _body(way: Way, dtype: np.dtype[Any], tile: Tile) -> str:
     return TENSOR_PLACES + (GROUP_BODY if tile.in_groups else TENSOR_BODY)
 
 
+def _copying(tile: Tile) -> str:
+    """Return how slices come to shared memory."""
+    return PANEL_COPIES.substitute(panel_rows=PANEL_ROWS) if tile.in_groups else COPIES.substitute()
+
+
 def _shared_bytes(tile: Tile, n_queries: int, n_corpus: int, column: np.dtype[Any]) -> int:
     """Return what the struct `Shared` takes, with the largest types for each query."""
     alignment = 1024 if tile.in_groups else CHUNK
@@ -980,7 +1073,13 @@ def _shared_bytes(tile: Tile, n_queries: int, n_corpus: int, column: np.dtype[An
     stage = (n_queries + n_corpus) * row_stride + n_corpus * column.itemsize
     stages = tile.stages * (-(-stage // alignment) * alignment)
     # Rounded up by the alignment of the struct, and of where it begins.
-    return stages + n_queries * (8 + 8 + 4) + 2 * alignment
+    return stages + tile.stages * 8 + n_queries * (8 + 8 + 4) + 2 * alignment
+
+
+def panels_shape(n_rows: int, row_bytes: int) -> tuple[int, int]:
+    """Return the rows, and the bytes of each, that packed panels of some rows have: whole tiles and slices."""
+    rows, width = GROUP_TILE.warps[1] * TENSOR_LANES[1] * GROUP_TILE.per_thread[1], GROUP_TILE.slice_bytes
+    return -(-n_rows // rows) * rows, -(-row_bytes // width) * width
 
 
 def merge_shape(n_merged: int) -> tuple[int, int]:
