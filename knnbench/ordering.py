@@ -130,8 +130,10 @@ class Selection:
         start : int
             Corpus index of its first column.
         """
+        xp, width = self._xp, values.shape[1]
         if self.values is None:
-            self.values, self.indices = self._whole_block(values, start)
+            self.values, self.indices = smallest_k(xp, values, min(self._k, width))
+            self.indices = self.indices + start
             return
         if self.values.shape[1] < self._k:
             self._append(*self._whole_block(values, start))

@@ -215,7 +215,7 @@ class BlockSearch(Backend):
         self, block: BlockCorpus, prepared: BlockCorpus, k: int, space: Space, blocks: Blocks, *, direct: bool = False
     ) -> tuple[Native, Native]:
         """Return the values to rank and indices of the k nearest, by the form that blocks prefer or the direct one."""
-        selection = self._selection(k)
+        selection = Selection(self.xp, k)
         for columns in slices(len(prepared.rows), blocks.corpus):
             if direct:
                 values = self.direct_block(block.rows, prepared.rows[columns], space)
@@ -223,10 +223,6 @@ class BlockSearch(Backend):
                 values = self._block(block, prepared, space, columns)
             selection.update(values, columns.start)
         return selection.values, selection.indices
-
-    def _selection(self, k: int) -> Selection:
-        """Return what selects the k nearest from blocks."""
-        return Selection(self.xp, k)
 
     def _mend_neighbors(
         self, values: Native, indices: Native, k: int, block: BlockCorpus, prepared: BlockCorpus, blocks: Blocks,

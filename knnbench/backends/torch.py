@@ -21,7 +21,6 @@ from knnbench.blocking import chunk_rows, slices
 from knnbench.dtypes import Array
 from knnbench.errors import BackendUnavailableError
 from knnbench.metrics import METRICS, Space
-from knnbench.ordering import Selection, order_rows, smallest_k
 from knnbench.settings import setting
 from knnbench.threads import THREADS_VARIABLE, SharedSetting, thread_count
 
@@ -416,26 +415,6 @@ class TorchCudaBackend(TorchSearch):
     capabilities: ClassVar[Capabilities] = Capabilities(device="cuda", metrics=SUPPORTED, certifies=True)
     # Starting a kernel costs as much as the product of a small block.
     largest: ClassVar[Blocks] = Blocks(queries=4096, corpus=16_384, elements=1 << 24)
-
-    def _selection(self, k: int) -> Selection:
-        return TopkSelection(self.xp, k)
-
-
-class TopkSelection(Selection):
-    """The k smallest of each block by ``topk``: on CUDA it takes less than to find what is below the k-th so far."""
-
-    def _closer_columns(self, values: Native, start: int) -> None:
-        return None
-
-    def _whole_block(self, values: Native, start: int) -> tuple[Native, Native]:
-        # One more than k tells whether values equal the k-th that topk may have left out, whichever it liked.
-        k, width = min(self._k, values.shape[1]), values.shape[1]
-        best, columns = torch.topk(values, min(k + 1, width), dim=1, largest=False)
-        crowded = torch.nonzero(best[:, k] <= best[:, k - 1])[:, 0] if k < width else ()
-        best, columns = order_rows(self._xp, best[:, :k], columns[:, :k])
-        if len(crowded):
-            best[crowded], columns[crowded] = smallest_k(self._xp, values[crowded], k)
-        return best, columns + start
 
 
 class TorchLane(Lane):

@@ -15,7 +15,6 @@ import numpy as np
 
 from knnbench.blocking import slices
 from knnbench.dtypes import Array
-from knnbench.threads import run_tasks, thread_count
 
 from .base import Native
 
@@ -28,9 +27,6 @@ They are kept for the next call, and no budget counts them: with them a process 
 """
 
 N_BUFFERS = 2
-
-# Threads that fill a buffer: one copies at some 10 GB/s, a fifth of the bus.
-FILLING_THREADS = 4
 
 
 class Lane(ABC):
@@ -121,19 +117,9 @@ class Uploader:
                 shape = part.stop - part.start, *rows.shape[1:]
                 n_bytes = shape[0] * row_bytes
                 buffer = self._buffers[number % N_BUFFERS][:n_bytes].view(dtype).reshape(shape)
-                fill(buffer, rows[part])
+                np.copyto(buffer, rows[part], casting="unsafe")
                 under_way.append(self._lane.copy(buffer, target, part))
         finally:
             # After an error too: the next call fills these buffers.
             while under_way:
                 under_way.popleft()()
-
-
-def fill(buffer: Array, rows: Array) -> None:
-    """Convert rows into a buffer of their shape, a share of them on each of some threads."""
-    threads = min(FILLING_THREADS, thread_count())
-
-    def take(part: slice) -> None:
-        np.copyto(buffer[part], rows[part], casting="unsafe")
-
-    run_tasks(take, slices(len(rows), -(-len(rows) // threads)), threads)
