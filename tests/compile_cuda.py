@@ -26,7 +26,7 @@ from knnbench.backends import numba_cuda
 from knnbench.blocking import DEFAULT_BUDGET
 from knnbench.dtypes import COMPUTED
 from knnbench.kernels import cuda_launch, cuda_rows, cuda_tiles
-from knnbench.kernels.cuda_row_source import halve_source, norms_source, scan_source, unit_source
+from knnbench.kernels.cuda_row_source import halve_source, norms_source, pack_source, scan_source, unit_source
 from knnbench.kernels.cuda_search import recompute_source, search_of
 from knnbench.kernels.cuda_source import EXPRESSIONS, direct_source
 from knnbench.metrics import METRICS, Space, unchanged
@@ -40,7 +40,7 @@ ENTRY = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^()]*\) )
 N_FEATURES = {"uint8": (3, 40_000), "float32": (3,), "float64": (3,)}
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)")
-HOT = 32
+HOT = 16
 
 TILE_KERNELS = ("search", "distance_tile")
 
@@ -283,11 +283,11 @@ def together(sources):
     return "".join(texts)
 
 
-def compile_sources(described):
+def compile_sources(described, architectures=ARCHITECTURES):
     """Return what became of C++ sources, ``[(source, description)]``, on every architecture."""
     text = together(source for source, _ in described)
     records = []
-    for architecture in ARCHITECTURES:
+    for architecture in architectures:
         for function, found in examined(compiled_source(text, architecture)).items():
             number, _, kernel = function[1:].partition("_")
             records.append({"architecture": architecture, "kernel": kernel, **described[int(number)][1], **found})
@@ -313,10 +313,7 @@ def direct_sources():
 
 
 def searches():
-    """Return the sources of the fused search, with all tiles and widths of copies that the backend takes.
-
-    And those of norms, which it wants.
-    """
+    """Return the sources of the fused search, with all tiles and widths of copies that the backend takes."""
     different = {}
     for space in spaces():
         for direct in (False, True) if not space.is_integer else (False,):
@@ -326,16 +323,31 @@ def searches():
                     if search:
                         form = space.form
                         function = form.accumulate if direct or not form.from_dot else form.from_dot
-                        about = {"function": function.__name__, "dtype": space.dtype.name, "copy_bytes": copy_bytes}
-                        room = 65_536 // (search.tile.threads * search.tile.blocks)
-                        about |= {"per_thread": search.tile.per_thread, "most_registers": min(255, room)}
-                        different.setdefault(search.source, about)
+                        different.setdefault(search.source, about(search, function.__name__, space, copy_bytes))
+        halves = search_of(space, halves=True)
+        if halves:
+            different.setdefault(halves.source, about(halves, "halves", space, 16))
     return list(different.items())
+
+
+def group_searches():
+    """Return the sources of the fused search for tensor cores that are given the work of four warps."""
+    found = [(search_of(space, in_groups=True, halves=not space.is_integer), space) for space in spaces()]
+    found = [(search, space) for search, space in found if search and search.tile.in_groups]
+    different = {search.source: about(search, "squares_from_dot", space, 16) for search, space in found}
+    return list(different.items())
+
+
+def about(search, function, space, copy_bytes):
+    """Return what tells a search from others, and how many registers its threads may have."""
+    room = min(255, 65_536 // (search.tile.threads * search.tile.blocks))
+    tile = {"per_thread": search.tile.per_thread, "most_registers": room}
+    return {"function": function, "dtype": space.dtype.name, "copy_bytes": copy_bytes, **tile}
 
 
 def row_sources():
     """Return the sources of what is done to single rows and pairs."""
-    sources = [(halve_source(), "float32")]
+    sources = [(halve_source(), "float32"), (pack_source(), "uint8")]
     pairs = [("uint8", "int32"), ("uint8", "int64"), ("uint8", "float64"), ("float32",) * 2, ("float64",) * 2]
     sources += [(norms_source(*map(np.dtype, pair)), pair[1]) for pair in pairs]
     sources += [(scan_source(np.dtype(name)), name) for name in COMPUTED]
@@ -355,10 +367,10 @@ def faulty_searches():
     }
     space = Space(METRICS["cityblock"], np.dtype(np.uint8), 3)
     source = search_of(space).source
-    (about,) = (about for other, about in searches() if other == source)
+    (described,) = (described for other, described in searches() if other == source)
     for correct, _ in plants.values():
         assert source.count(correct) == 1, correct
-    return [(source.replace(*plant), {**about, "fault": fault}) for fault, plant in plants.items()]
+    return [(source.replace(*plant), {**described, "fault": fault}) for fault, plant in plants.items()]
 
 
 def pretend_to_have_a_device():
@@ -383,6 +395,7 @@ def main():
         records["source"] = compile_sources(direct_sources())
         records["search"] = compile_sources(searches())
         records["rows"] = compile_sources(row_sources())
+        records["groups"] = compile_sources(group_searches(), ("90a",))
         records["faulty"] = compile_sources(faulty_searches())
     json.dump(records, sys.stdout)
 
