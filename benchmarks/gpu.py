@@ -92,10 +92,10 @@ def targets() -> list[Target]:
         Target(city, "device", ("cuda-sad-uint8", 1), 11e-3, of_floor=1.55),
         Target(wide_city, "device", ("cuda-add-float32", 2), 42e-3),
         Target(euclid, "device", ("cuda-gemm-int8", 1), 2.5e-3),
-        Target(wide, "device", ("cuda-gemm-float32", 1), 20e-3, of_product=0.7),
+        Target(wide, "device", ("cuda-gemm-float16", 1), 20e-3, of_product=0.7),
         Target(euclid, "from_pinned", ("copy-in", 1), 6e-3),
         Target(euclid, "from_pageable", ("copy-in", 1), 10e-3),
-        Target(million, "device", ("cuda-gemm-float32", 1), of_product=0.7),
+        Target(million, "device", ("cuda-gemm-float16", 1), of_product=0.7),
     ]
 
 

@@ -192,6 +192,8 @@ class CupyBackend(BlockwiseBackend):
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return those of the products, or of the direct form on floats; neighbours of bytes take other units."""
+        if op == "knn" and fits(chosen(space, halves=True)):
+            return {"cuda-gemm-float16": 1}
         if not space.is_integer or (op != "knn" and space.form.from_dot):
             return float_operations("cuda", space, product=True)
         return byte_operations(space, "cuda-matrix-int8") if op == "knn" else {}

@@ -276,18 +276,18 @@ extern "C" __global__ void __launch_bounds__(threads, $blocks) search(
             rows[size_t(e) * n_queries + thread] = no_row;
         }
 
-$feeding
+$copy_next
     for (u32 s = 0; s + 1 + lag < n_stages; ++s)
         copy_next(shared.stages[s]);
     u32 current = n_stages - 1, visit = 0;
     for (u32 tile = 0; tile < n_tiles; ++tile) {
         accumulator acc[down][across] = {};
         for (u32 chunk = 0; chunk < chunks; chunk += slice_chunks) {
-            $waiting
+            $before
             Stage& freed = shared.stages[lag == 0 ? current : current == 0 ? n_stages - 1 : current - 1];
             current = current + 1 == n_stages ? 0 : current + 1;
             copy_next(freed);
-            $arriving
+            $after
             accumulate(acc, shared.stages[current], chunks - chunk);
         }
         finish(acc);
@@ -344,7 +344,32 @@ $feeding
 }
 """)
 
-# Slices come by asynchronous copies of single chunks, whoever makes them.
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """How slices come to shared memory, in C++.
+
+    Attributes
+    ----------
+    copying : str
+        `Stage`, and functions that start copies.
+    copy_next : str
+        Defines what starts to copy the next slice to a stage.
+    before, after : str
+        What is done before the next copy is started, when all threads have left the stage that it goes to; and after,
+        so that the current stage has what it should.
+    alignment : int
+        Of a stage, in bytes.
+    """
+
+    copying: str
+    copy_next: str
+    before: str
+    after: str = ""
+    alignment: int = CHUNK
+
+
+# Each thread copies chunks.
 COPIES = string.Template(r"""
 // A row takes an odd number of chunks, so that 8 threads who load a chunk each of 8 rows meet different banks.
 const u32 row_stride = (slice_chunks | 1) * chunk_bytes;
@@ -424,7 +449,11 @@ FEEDING = r"""
         end_of_group();
     };
 """
-WAITING = "wait_for_all_but<n_stages - 2>();\n            __syncthreads();"
+COPIES_BY_THREADS = Feed(
+    copying=COPIES.substitute(),
+    copy_next=FEEDING,
+    before="wait_for_all_but<n_stages - 2>();\n            __syncthreads();",
+)
 
 # Slices come whole, as one copy each of the rows of a panel that were packed for it: see `cuda_row_source.pack_source`.
 PANEL_COPIES = string.Template(r"""
@@ -498,8 +527,14 @@ PANEL_FEEDING = r"""
         }
     };
 """
-# The first wait for a stage is for parity 0.
-PANEL_ARRIVING = "parity ^= current == 0;\n            wait_until_filled(shared.feed.filled[current], parity);"
+COPIES_OF_PANELS = Feed(
+    copying=PANEL_COPIES.substitute(panel_rows=PANEL_ROWS),
+    copy_next=PANEL_FEEDING,
+    before="__syncthreads();",
+    # The first wait for a stage is for parity 0.
+    after="parity ^= current == 0;\n            wait_until_filled(shared.feed.filled[current], parity);",
+    alignment=1024,
+)
 
 # Without tensor cores: a thread holds `down` rows by `across` of the corpus, the threads of a warp interleaved.
 LANES_BODY = string.Template(r"""
@@ -1022,7 +1057,7 @@ def _search(way: Way, dtype: np.dtype[Any], ranked: np.dtype[Any], copy_bytes: i
     lanes = LANES if way.step else TENSOR_LANES
     queries, corpus = (tile.warps[side] * lanes[side] * tile.per_thread[side] for side in range(2))
     shared_bytes = _shared_bytes(tile, queries, corpus, column)
-    common = COMMON.substitute(key=TYPES[key.name])
+    common, feed = COMMON.substitute(key=TYPES[key.name]), _feed(tile)
     body = SEARCH.substitute(
         accumulator=TYPES[way.accumulator or dtype.name],
         column=TYPES[column.name],
@@ -1037,11 +1072,12 @@ def _search(way: Way, dtype: np.dtype[Any], ranked: np.dtype[Any], copy_bytes: i
         stages=tile.stages,
         blocks=tile.blocks,
         copy_bytes=copy_bytes,
-        copying=_copying(tile),
-        memory="(size_t(memory) + 1023) / 1024 * 1024" if tile.in_groups else "memory",
-        feeding=PANEL_FEEDING if tile.in_groups else FEEDING,
-        waiting="__syncthreads();" if tile.in_groups else WAITING,
-        arriving=PANEL_ARRIVING if tile.in_groups else "",
+        copying=feed.copying,
+        # Rounded up only where it must be: the compiler forgets whose memory it is.
+        memory="memory" if feed.alignment == CHUNK else f"(size_t(memory) + {feed.alignment - 1}) & -{feed.alignment}",
+        copy_next=feed.copy_next,
+        before=feed.before,
+        after=feed.after,
         uses_norms=str(way.uses_norms).lower(),
         room_tiles=ROOM_TILES,
         tiles_a_visit=TILES_A_VISIT,
@@ -1061,14 +1097,14 @@ def _body(way: Way, dtype: np.dtype[Any], tile: Tile) -> str:
     return TENSOR_PLACES + (GROUP_BODY if tile.in_groups else TENSOR_BODY)
 
 
-def _copying(tile: Tile) -> str:
-    """Return how slices come to shared memory."""
-    return PANEL_COPIES.substitute(panel_rows=PANEL_ROWS) if tile.in_groups else COPIES.substitute()
+def _feed(tile: Tile) -> Feed:
+    """Return how its slices come."""
+    return COPIES_OF_PANELS if tile.in_groups else COPIES_BY_THREADS
 
 
 def _shared_bytes(tile: Tile, n_queries: int, n_corpus: int, column: np.dtype[Any]) -> int:
     """Return what the struct `Shared` takes, with the largest types for each query."""
-    alignment = 1024 if tile.in_groups else CHUNK
+    alignment = _feed(tile).alignment
     row_stride = tile.slice_bytes if tile.in_groups else (tile.slice_bytes // CHUNK | 1) * CHUNK
     stage = (n_queries + n_corpus) * row_stride + n_corpus * column.itemsize
     stages = tile.stages * (-(-stage // alignment) * alignment)
