@@ -422,6 +422,31 @@ def test_a_device_without_the_shared_memory(rng, monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND != "cupy", reason="of CuPy only")
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_neighbours_by_products_of_halves_are_proved_or_searched_again(metric, rng, monkeypatch):
+    backend, again = type(get_backend(BACKEND)), []
+    search = backend._search_again
+
+    def recorded(self, rows, *args):
+        again.append(len(rows))
+        return search(self, rows, *args)
+
+    monkeypatch.setattr(backend, "_search_again", recorded)
+    corpus, queries = (rng.normal(size=(n, 24)).astype(np.float32) for n in (300, 9))
+    check(queries, corpus, metric, 3)
+    assert not again
+    # Rows that float16 does not tell apart; and queries whose elements it does not hold.
+    close = (1 + 1e-4 * rng.normal(size=(300, 24))).astype(np.float32)
+    close[0] = -1
+    check(close[:9] + np.float32(1e-5), close, metric, 3)
+    assert again == [9] if metric == "euclidean" else again
+    if metric == "euclidean":
+        del again[:]
+        check(1e6 * queries, corpus, metric, 3)
+        assert again[0] == 9
+
+
+@pytest.mark.skipif(BACKEND != "cupy", reason="of CuPy only")
 def test_products_are_not_rounded_to_11_bits(monkeypatch):
     backend = type(get_backend(BACKEND))
     monkeypatch.setenv("CUPY_TF32", "1")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from knnbench.backends import get_backend
+from knnbench.bounds import halves_error
 from knnbench.metrics import METRICS, Space
 
 WITH_GRAM = [name for name, metric in METRICS.items() if metric.floating.from_dot is not None]
@@ -130,3 +131,45 @@ def test_the_declared_error_is_not_far_from_reached(name, dtype):
     eps = float(np.finfo(dtype).eps)
     assert 784 * eps / 4 < space.gram_error < 10 * 784 * eps
     assert Space(METRICS[name], np.dtype(dtype), 1).gram_error < 20 * eps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_features", [1, 2, 3, 17, 128, 2000])
+@pytest.mark.parametrize("exponent", [-20, 0, 12])
+def test_the_error_of_products_of_halves_is_never_exceeded(kind, n_features, exponent, rng):
+    # What CUDA kernels do, in numpy: rows are centred, scaled and rounded, and their products summed in float32.
+    queries, corpus = adversarial(kind, n_features, "float32", rng)
+    space = Space(METRICS["sqeuclidean"], np.dtype(np.float32), n_features)
+    centre = corpus.mean(axis=0, dtype=np.float64).astype(np.float32)
+    _, largest = np.frexp(np.abs(corpus - centre).max())
+    scale = np.ldexp(np.float32(1), exponent - largest)
+    scaled = [(rows - centre) * scale for rows in (queries, corpus)]
+    with np.errstate(over="ignore"):
+        halves = [rows.astype(np.float16).astype(np.float32) for rows in scaled]
+        norms = [(rows * rows).sum(axis=1) for rows in scaled]
+        dots = np.add.accumulate(halves[0][:, None] * halves[1], axis=2)[..., -1]
+        got = norms[0][:, None] + (norms[1][None, :] - 2 * dots)
+    lengths = [np.sqrt((rows.astype(np.float64) ** 2).sum(axis=1)) for rows in scaled]
+    losses = [np.sqrt(((a - b.astype(np.float64)) ** 2).sum(axis=1)) for a, b in zip(scaled, halves, strict=True)]
+    allowed = halves_error(space, lengths[0][:, None], lengths[1][None, :], losses[0][:, None], losses[1].max())
+    exact = exact_squares(whole(queries, 149), whole(corpus, 149), 149)
+    for i in range(N_QUERIES):
+        for j in range(N_CORPUS):
+            if np.isfinite(got[i, j]):
+                error = abs(Fraction(float(got[i, j])) - Fraction(exact[i][j], 1 << 298) * Fraction(float(scale)) ** 2)
+                assert error <= Fraction(float(allowed[i, j])) + n_features * Fraction(1, 1 << 120), (
+                    i,
+                    j,
+                    float(error),
+                )
+            else:
+                assert not np.isfinite(losses[0][i])
+
+
+def test_an_error_that_leaves_out_what_rounding_took_is_exceeded(rng):
+    queries, corpus = adversarial("normal", 17, "float32", rng)
+    space = Space(METRICS["sqeuclidean"], np.dtype(np.float32), 17)
+    halves = [rows.astype(np.float16).astype(np.float64) for rows in (queries, corpus)]
+    exact, got = (((q[:, None] - c) ** 2).sum(axis=2) for q, c in ((queries.astype(np.float64), corpus), halves))
+    lengths = [np.sqrt((rows.astype(np.float64) ** 2).sum(axis=1)) for rows in (queries, corpus)]
+    assert (np.abs(got - exact) > halves_error(space, lengths[0][:, None], lengths[1], 0, 0)).any()

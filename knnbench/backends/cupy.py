@@ -21,6 +21,7 @@ import numpy as np
 
 from knnbench import interchange
 from knnbench.blocking import block_shape
+from knnbench.bounds import halves_error
 from knnbench.dtypes import Array
 from knnbench.errors import BackendUnavailableError
 from knnbench.kernels import cuda_row_source
@@ -75,9 +76,6 @@ MOST_EXPONENT = 60
 # Of devices that have ``wgmma``, which later ones do not.
 GROUP_CAPABILITY, GROUP_ARCHITECTURE = "90", "90a"
 PROBE = 'extern "C" __global__ void probe() {}'
-
-# Covers that rows as rounded are longer by at most 2**-11, and the roundings of norms and of this bound.
-HALF_SLACK = 1.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,15 +392,12 @@ class CupyBackend(BlockwiseBackend):
         halves, own = halves_of(prepared), halves_of(block)
         if halves is None or own is None:
             return super()._are_right(last, kth, block, prepared, space)
-        # Of x and y as rounded, x.y is off by |x| |y - y'| + |x - x'| |y| at the most, and twice that a distance; the
-        # rest is what the same products in float32 are off by. A row as near as the k-th is no longer than `other`.
         scale = cupy.asarray(halves.scale, np.float64)
         length, own_loss = (cupy.sqrt(cupy.asarray(array, np.float64)) / scale for array in (own.norms, own.lost))
         loss = cupy.sqrt(cupy.asarray(halves.lost.max(), np.float64)) / scale
         kth = cupy.asarray(kth, np.float64)
-        other = length + cupy.sqrt(kth)
-        error = space.gram_error * (length**2 + other**2)
-        error += 2 * HALF_SLACK * (length * loss + own_loss * other + tensor_error(space) * length * other)
+        # A row as near as the k-th is no longer than that.
+        error = halves_error(space, length, length + cupy.sqrt(kth), own_loss, loss)
         # A comparison with NaN, from an overflow, is false.
         return cupy.asarray(last, np.float64) - error > kth
 
@@ -509,21 +504,6 @@ def multiplies_in_groups(device: int) -> bool:
         )
         return False
     return True
-
-
-def tensor_error(space: Space) -> float:
-    """Return how far a product of float16 rows on tensor cores is off, as a share of the product of their lengths.
-
-    Products of float16 are exact in float32. Measured, the units add 4 to 16 of them to a sum at a time, and cut off
-    what lies below the last of 23 to 25 bits of the largest [1]_: at most 17 units of ``2**-23`` of it, which no sum of
-    magnitudes exceeds, for 16 features. Returned is twice that.
-
-    References
-    ----------
-    .. [1] M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer
-       Science 7 (2021), e330.
-    """
-    return 2 * 17 * 2.0**-23 * math.ceil(space.n_features / 16)
 
 
 def halved(rows: Native, centre: Native, scale: Native, *, in_panels: bool) -> Halves:
