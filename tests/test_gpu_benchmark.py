@@ -58,9 +58,9 @@ def test_the_lines_are_those_of_the_issue(lines):
 def test_floors_follow_from_the_ceilings(lines):
     # 132 multiprocessors at 1.98 GHz, 64 lanes of 4: the floors of the issue's table.
     rates = {"cuda-sad-uint8": 132 * 64 * 4 * 1.98e9, "cuda-add-float32": 132 * 128 * 1.98e9,
-             "cuda-gemm-int8": 1978.9e12 / 2, "cuda-gemm-float32": 66.9e12 / 2, "copy-in": 55e9}  # fmt: skip
+             "cuda-gemm-int8": 1978.9e12 / 2, "cuda-gemm-float16": 989.4e12 / 2, "copy-in": 55e9}  # fmt: skip
     floors = [1e3 * line.floor_s(rates) for line in lines]
-    assert floors[:5] == pytest.approx([7.03, 28.1, 0.475, 14.1, 1.0], rel=1e-2)
+    assert floors[:5] == pytest.approx([7.03, 28.1, 0.475, 0.95, 1.0], rel=1e-2)
     assert 1e3 * lines[0].at_most_s(rates, None) == pytest.approx(10.9, rel=1e-2)
     half = {**rates, "cuda-sad-uint8": rates["cuda-sad-uint8"] / 2}
     assert 1e3 * lines[0].at_most_s(half, None) == pytest.approx(21.8, rel=1e-2)
@@ -80,9 +80,9 @@ def test_rows_show_own_backends_with_their_ratios(lines):
         record_of(wide, "torch-cdist-cuda", queries=5_000, device=30e-3),  # of half of the queries
         record_of(wide, "numba-cuda", status="wrong", device=1e-3),
     ]
-    first, second = rows_of(lines[3:4], records, **{"cuda-gemm-float32": 470.4e9 / 6e-3})
+    first, second = rows_of(lines[3:4], records, **{"cuda-gemm-float16": 470.4e9 / 6e-3})
     assert (first["backend"], first["ms"], first["floor"]) == ("torch-cuda", "9 ± 0%", "6")
-    assert (first["share"], first["at most"], first["met"]) == ("67% of cuda-gemm-float32", "14", "yes")
+    assert (first["share"], first["at most"], first["met"]) == ("67% of cuda-gemm-float16", "14", "yes")
     assert (first["mm"], first["cdist"]) == ("0.45", "0.15")
     assert (second["backend"], second["met"], second["mm"]) == ("cupy", "yes", "0.6")
     (slow,) = rows_of(lines[3:4], [*records[2:4], record_of(wide, "cupy", device=15e-3)])
