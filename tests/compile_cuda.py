@@ -26,6 +26,7 @@ from knnbench.backends import numba_cuda
 from knnbench.blocking import DEFAULT_BUDGET
 from knnbench.dtypes import COMPUTED
 from knnbench.kernels import cuda_launch, cuda_rows, cuda_tiles
+from knnbench.kernels.cuda_linear_source import CLASSES, MOST_MODELS, loss_kernel
 from knnbench.kernels.cuda_row_source import halve_source, norms_source, pack_source, scan_source, unit_source
 from knnbench.kernels.cuda_search import recompute_source, search_of
 from knnbench.kernels.cuda_source import EXPRESSIONS, direct_source
@@ -357,6 +358,34 @@ def row_sources():
     return [(source, {"dtype": dtype}) for source, dtype in sources]
 
 
+def linear_sources():
+    """Return the sources of losses of linear models: few and many, and of bytes with classes in several parts."""
+    different = {}
+    cases = [(name, n_models, CLASSES) for name in COMPUTED for n_models in (1, MOST_MODELS)]
+    for name, n_models, n_classes in (*cases, ("uint8", MOST_MODELS, CLASSES + 1)):
+        dtype = np.dtype(name)
+        found = loss_kernel(dtype, np.result_type(dtype, np.float32), 784, n_classes, n_models)
+        per_thread, blocks = (found.samples // 32, found.weight_shape[2]), 3 if n_classes == CLASSES else 2
+        room = 65_536 // (32 * MOST_MODELS * blocks)
+        about = {"dtype": name, "per_thread": per_thread, "most_registers": min(255, room)}
+        different.setdefault(found.source, about)
+    return list(different.items())
+
+
+def faulty_linear_sources():
+    """Return sources of losses of linear models with faults that must be found."""
+    plants = {
+        "constant": ("word[0], two_23,", "word[0], 0x4b000000,"),
+        "spill": ("__launch_bounds__(32 * most_models, 3)", "__launch_bounds__(32 * most_models, 4)"),
+        "literal": ("acc[r][c] = fma(value,", "acc[r][c] = 1.1 * fma(value,"),
+    }
+    source = loss_kernel(np.dtype(np.uint8), np.dtype(np.float32), 784, CLASSES, MOST_MODELS).source
+    (about,) = (about for other, about in linear_sources() if other == source)
+    for correct, _ in plants.values():
+        assert source.count(correct) == 1, correct
+    return [(source.replace(*plant), {**about, "fault": fault}) for fault, plant in plants.items()]
+
+
 def faulty_searches():
     """Return sources of the fused search, of absolute differences of bytes, with faults that must be found."""
     plants = {
@@ -396,6 +425,8 @@ def main():
         records["search"] = compile_sources(searches())
         records["rows"] = compile_sources(row_sources())
         records["groups"] = compile_sources(group_searches(), ("90a",))
+        records["linear"] = compile_sources(linear_sources())
+        records["faulty_linear"] = compile_sources(faulty_linear_sources())
         records["faulty"] = compile_sources(faulty_searches())
     json.dump(records, sys.stdout)
 

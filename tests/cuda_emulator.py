@@ -56,7 +56,11 @@ static void wait(State state) { running->state = state; swapcontext(&running->co
 #define __launch_bounds__(...)
 #define __syncthreads() wait(WAITS_FOR_BLOCK)
 
+using std::exp;
 using std::fabs;
+using std::fma;
+using std::fmax;
+using std::log;
 using std::sqrt;
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
@@ -294,6 +298,16 @@ template <typename T> static T of_lane(T x, unsigned mask)
     memcpy(&other, warp[(running - warp) ^ mask].given, sizeof(T));
     wait(WAITS_FOR_WARP);
     return other;
+}
+
+static bool any_of_warp(bool x)
+{
+    running->given[0] = x;
+    wait(WAITS_FOR_WARP);
+    bool any = false;
+    for (int lane = 0; lane < 32; ++lane) any |= warp[lane].given[0] != 0;
+    wait(WAITS_FOR_WARP);
+    return any;
 }
 """
 

@@ -298,6 +298,9 @@ class MemoryPointer:
     def copy_from_host_async(self, mem, size, stream=None):
         ctypes.memmove(self.ptr, mem, size)
 
+    def copy_to_host_async(self, mem, size, stream=None):
+        ctypes.memmove(mem, self.ptr, size)
+
 
 class OutOfMemoryError(MemoryError):
     pass

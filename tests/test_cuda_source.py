@@ -47,7 +47,7 @@ def test_every_direct_form_has_its_expression():
     assert EXPRESSIONS.keys() == {form.accumulate for form in forms if form.step} == DIRECT.keys()
 
 
-@pytest.mark.parametrize("module", ["cuda_source", "cuda_row_source", "cuda_search"])
+@pytest.mark.parametrize("module", ["cuda_source", "cuda_row_source", "cuda_linear_source", "cuda_search"])
 def test_the_source_needs_no_library(module):
     code = f"import sys; sys.modules['cupy'] = sys.modules['numba'] = None; import knnbench.kernels.{module}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -220,6 +220,7 @@ SYNONYMS = {"FMNMX3.FTZ": ("FMNMX.FTZ", 2), "DSETP.GT.AND": ("DSETP", 1), "DSETP
 
 # What else may be in an inner loop, addresses, the count and the jump: so many instructions, or this share.
 LARGEST_REST, LARGEST_SHARE = 28, 0.15
+LARGEST_LINEAR_REST = 6
 ELSEWHERE = re.compile(r"U?IMAD\.(WIDE|HI)|LDL|STL|LDG\.|STG")
 
 
@@ -335,3 +336,45 @@ def test_planted_faults_of_searches_are_found(fault, found):
     assert {"literal": of_kernels, "spill": of_kernels}.get(fault, of_loops) == [
         {**record, "may_use_double": False} if fault in ("literal", "spill") else record for record in planted
     ]
+
+
+def linear_faults(records):
+    """Return what is wrong with the losses of linear models: their inner loops, and how samples and weights come."""
+    wrong = []
+    for record in records:
+        samples, columns = record["per_thread"]
+        is_double, is_bytes = record["dtype"] == "float64", record["dtype"] == "uint8"
+        add, features = ("DFMA", 2) if is_double else ("FFMA.FTZ", 4)
+        values = samples * features
+        loops = [loop for loop in record["loops"] if add in loop]
+        needed = {add: values * columns, "LDS.128": columns}
+        if is_bytes:
+            needed |= {"PRMT": values, "FADD.FTZ": values}
+        if len(loops) != (4 if is_bytes else 1):
+            wrong.append((record, "number of loops"))
+        for loop in loops:
+            rest = sum(loop.values()) - sum(needed.values())
+            if any(loop.get(name, 0) != n for name, n in needed.items()) or rest > LARGEST_LINEAR_REST:
+                wrong.append((record, f"{rest} other instructions"))
+        copies = [name for name in record["instructions"] if name.startswith("LDGSTS")]
+        if copies != ["LDGSTS.E.BYPASS.128"]:
+            wrong.append((record, f"copies {copies}"))
+    return wrong
+
+
+def test_losses_of_linear_models_are_multiply_adds(found):
+    got = Counter((record["architecture"], record["dtype"], *record["per_thread"]) for record in found["linear"])
+    shapes = {("uint8", 4, 10), ("uint8", 8, 10), ("uint8", 8, 6), ("float32", 4, 10), ("float32", 8, 10)}
+    shapes.add(("float64", 4, 10))
+    assert got == Counter((architecture, *shape) for architecture in ARCHITECTURES for shape in shapes)
+    # Exponentials and sums are of double precision.
+    assert not faults({**record, "may_use_double": True} for record in found["linear"])
+    assert not linear_faults(found["linear"])
+
+
+@pytest.mark.parametrize("fault", ["constant", "spill", "literal"])
+def test_planted_faults_of_losses_are_found(fault, found):
+    planted = [record for record in found["faulty_linear"] if record["fault"] == fault]
+    assert {record["architecture"] for record in planted} == ARCHITECTURES
+    for record in planted:
+        assert faults([{**record, "may_use_double": True}]) if fault == "spill" else linear_faults([record])

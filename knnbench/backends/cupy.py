@@ -20,12 +20,13 @@ import cupy
 import numpy as np
 
 from knnbench import interchange
-from knnbench.blocking import block_shape
+from knnbench.blocking import block_shape, slices
 from knnbench.bounds import halves_error
 from knnbench.dtypes import Array
 from knnbench.errors import BackendUnavailableError
 from knnbench.kernels import cuda_row_source
 from knnbench.kernels.cuda_compiler import machine_code
+from knnbench.kernels.cuda_linear_source import CLASSES, MOST_MODELS, UNIT, loss_kernel, row_chunks
 from knnbench.kernels.cuda_row_source import (
     ROWS_A_BLOCK,
     halve_source,
@@ -218,6 +219,10 @@ class CupyBackend(BlockwiseBackend):
     def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
         """Return the losses of `Backend.linear_loss`, with the samples on the device."""
         samples, labels, weight = (self.to_native(array, array.dtype) for array in (X, y, sample_weight))
+        # Of classes in parts, which hand something on; not much, but asynchronous copies must be there.
+        largest = loss_kernel(X.dtype, dtype, X.shape[1], 2 * CLASSES, MOST_MODELS)
+        if largest.most_bytes <= device_limits(cupy.cuda.Device().id)[1]:
+            return FusedLoss(samples, labels, weight, dtype)
         return ArrayLoss(cupy, samples, labels, weight, dtype, DEVICE_ELEMENTS, f"cuda-gemm-{dtype}")
 
     def direct_block(self, queries: Native, corpus: Native, space: Space) -> Native:
@@ -434,7 +439,7 @@ class CupyLane(Lane):
 
     def page_locked(self, n_bytes: int) -> Array:
         """Return memory that CuPy's pool has back when the array is gone."""
-        return np.frombuffer(cupy.cuda.alloc_pinned_memory(n_bytes), np.uint8, n_bytes)
+        return page_locked(n_bytes)
 
     def is_page_locked(self, rows: Array) -> bool:
         """Ask the runtime, whoever allocated them."""
@@ -450,6 +455,11 @@ class CupyLane(Lane):
         target[rows].data.copy_from_host_async(source.ctypes.data, source.nbytes, self._stream)
         wait: Callable[[], None] = self._stream.record().synchronize
         return wait
+
+
+def page_locked(n_bytes: int) -> Array:
+    """Return page-locked memory as uint8, which CuPy's pool has back when the array is gone."""
+    return np.frombuffer(cupy.cuda.alloc_pinned_memory(n_bytes), np.uint8, n_bytes)
 
 
 @functools.cache
@@ -475,6 +485,105 @@ def panels_of(rows: Native) -> Native:
     packed = cupy.zeros(panels_shape(n_rows, row_bytes), np.uint8)
     on_rows(pack_source(), "pack_rows", rows.view(np.uint8), packed, more=(np.int32(PANEL_ROWS),))
     return packed
+
+
+class Room:
+    """Where some models and their losses lie, on both sides of the bus.
+
+    Parameters
+    ----------
+    n_models : int
+        At the most.
+    n_classes : int
+    weight_shape : tuple of int
+        As of `LossKernel`.
+    n_units : int
+        Losses of one model.
+    dtype : numpy.dtype
+        Of the weights.
+    """
+
+    def __init__(
+        self, n_models: int, n_classes: int, weight_shape: tuple[int, int, int], n_units: int, dtype: np.dtype[Any]
+    ) -> None:
+        self.n_models, self.shape = n_models, (n_classes, weight_shape)
+        self._intercept_bytes = -(-n_models * n_classes * dtype.itemsize // CHUNK) * CHUNK
+        self._model_bytes = math.prod(weight_shape) * dtype.itemsize
+        self._host = page_locked(self._intercept_bytes + n_models * self._model_bytes)
+        self._host[:] = 0  # what lies past the ends of features and classes stays so
+        self._device = cupy.empty(self._host.shape, np.uint8)
+        self.intercepts, self.weights = self._device, self._device[self._intercept_bytes :]
+        self._host_intercepts, self._host_weights = (
+            part.view(dtype) for part in np.split(self._host, [self._intercept_bytes])
+        )
+        self._host_intercepts = self._host_intercepts[: n_models * n_classes].reshape(n_models, n_classes)
+        self._host_weights = self._host_weights.reshape(n_models, *weight_shape)
+        self.sums = cupy.empty((n_models, n_units), np.float64)
+        self._host_sums = page_locked(8 * n_models * n_units).view(np.float64).reshape(n_models, n_units)
+
+    def upload(self, W: Array, b: Array, stream: Any) -> None:
+        """Start to copy models."""
+        n_models, n_features, n_classes = W.shape
+        n_columns = self._host_weights.shape[-1]
+        self._host_intercepts[:n_models] = b
+        for part, classes in enumerate(slices(n_classes, n_columns)):
+            self._host_weights[:n_models, part, :n_features, : classes.stop - classes.start] = W[..., classes]
+        n_bytes = self._intercept_bytes + n_models * self._model_bytes
+        self._device.data.copy_from_host_async(self._host.ctypes.data, n_bytes, stream)
+
+    def download(self, n_models: int, stream: Any) -> Array:
+        """Return the sums of the first models, once they are there."""
+        sums = self._host_sums[:n_models]
+        self.sums.data.copy_to_host_async(sums.ctypes.data, sums.nbytes, stream)
+        stream.synchronize()
+        return sums
+
+
+class FusedLoss(LinearLoss):
+    """Losses by the kernel of `knnbench.kernels.cuda_linear_source`, of all models in one launch between two copies.
+
+    Parameters
+    ----------
+    samples, labels, sample_weight : (n, n_features), (n,) and (n,) native arrays
+    dtype : numpy.dtype
+        Of the weights.
+    """
+
+    def __init__(self, samples: Native, labels: Native, sample_weight: Native, dtype: np.dtype[Any]) -> None:
+        super().__init__()
+        self._n_samples, self._dtype, self._element = len(samples), dtype, samples.dtype
+        self._samples = padded(samples, CHUNK), labels, sample_weight
+        self._n_units = -(-self._n_samples // UNIT)
+        self._room: Room | None = None
+
+    def __call__(self, W: Array, b: Array, limit: float = math.inf) -> Array:
+        """Return the loss of each model."""
+        n_models, n_features, n_classes = W.shape
+        losses = loss_kernel(self._element, self._dtype, n_features, n_classes, n_models)
+        room, shape = self._room, (n_classes, losses.weight_shape)
+        if room is None or room.n_models < n_models or room.shape != shape:
+            room = self._room = Room(n_models, *shape, self._n_units, self._dtype)
+        stream = cupy.cuda.get_current_stream()
+        room.upload(W, b, stream)
+        function = kernel(losses.source, "losses", losses.most_bytes, cupy.cuda.Device().id, False)
+        sizes = row_chunks(n_features, self._element), n_classes, n_models
+        function(
+            (-(-self._n_samples // losses.samples), -(-n_models // losses.models)),
+            (losses.threads,),
+            (
+                *self._samples,
+                room.weights,
+                room.intercepts,
+                room.sums,
+                np.uint64(self._n_samples),
+                *map(np.uint32, sizes),
+            ),
+            shared_mem=losses.shared_bytes,
+        )
+        self.operations[f"cuda-fma-{self._dtype}"] += self._n_samples * W.size
+        # Not numpy's sum, which adds in an order that depends on the shape.
+        totals = np.add.accumulate(room.download(n_models, stream), axis=1)[:, -1]
+        return np.where(totals <= limit, totals, math.inf)
 
 
 def fused(space: Space, k: int, n_queries: int, n_corpus: int) -> Search | None:
@@ -551,10 +660,13 @@ def device_limits(device: int) -> tuple[int, int]:
     return int(attributes["MultiProcessorCount"]), has_copies * int(attributes["MaxSharedMemoryPerBlockOptin"])
 
 
-def padded(rows: Native) -> Native:
-    """Return rows as the fused search reads them: where they do not lie so, a copy with zeros at the ends."""
+def padded(rows: Native, unit: int | None = None) -> Native:
+    """Return rows whose length and address so many bytes divide: others are copied, with zeros at the ends.
+
+    If it is not given, `unit` is that of the fused search, which reads short rows by words.
+    """
     n_rows, n_features = rows.shape
-    unit = CHUNK if n_features * rows.dtype.itemsize >= PADDED_BYTES else WORD
+    unit = unit or (CHUNK if n_features * rows.dtype.itemsize >= PADDED_BYTES else WORD)
     step = max(1, unit // rows.dtype.itemsize)
     width = -(-n_features // step) * step
     if width == n_features and rows.data.ptr % unit == 0:

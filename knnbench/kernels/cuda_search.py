@@ -41,7 +41,7 @@ import numpy as np
 
 from knnbench.metrics import Space, add_absolute, dot_itself, keep_largest, squares_from_dot
 
-from .cuda_source import EXPRESSIONS, TYPES
+from .cuda_source import ASYNC_COPIES, EXPRESSIONS, SHARED_ADDRESS, TYPES
 
 __all__ = [
     "AGAIN_THREADS",
@@ -203,10 +203,7 @@ const bool uses_norms = $uses_norms;
 const u32 room = $room_tiles * tile_corpus;
 
 
-#ifdef __CUDACC__
-__device__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-#endif
-$copying$intrinsics
+$shared_address$copying$intrinsics
 $lanes
 $ranking
 struct Shared {
@@ -377,24 +374,7 @@ const u32 row_stride = (slice_chunks | 1) * chunk_bytes;
 // Stages that may still be read when the next is begun with.
 const u32 lag = 0;
 
-#ifdef __CUDACC__
-// Copies n_bytes of `size` and fills up with zeros. What is copied whole does not pass through the first-level cache.
-template <u32 size> __device__ void copy_async(void* to, const void* from, u32 n_bytes)
-{
-    if (size == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(shared_address(to)), "l"(from), "r"(n_bytes) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                     :: "r"(shared_address(to)), "l"(from), "n"(size), "r"(n_bytes) : "memory");
-}
-__device__ void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <u32 n_groups> __device__ void wait_for_all_but()
-{
-    asm volatile("cp.async.wait_group %0;" :: "n"(n_groups) : "memory");
-}
-#endif
-
+$async_copies
 struct Stage {
     alignas(16) byte queries[tile_queries][row_stride];
     alignas(16) byte corpus[tile_corpus][row_stride];
@@ -450,7 +430,7 @@ FEEDING = r"""
     };
 """
 COPIES_BY_THREADS = Feed(
-    copying=COPIES.substitute(),
+    copying=COPIES.substitute(async_copies=ASYNC_COPIES),
     copy_next=FEEDING,
     before="wait_for_all_but<n_stages - 2>();\n            __syncthreads();",
 )
@@ -1072,6 +1052,7 @@ def _search(way: Way, dtype: np.dtype[Any], ranked: np.dtype[Any], copy_bytes: i
         stages=tile.stages,
         blocks=tile.blocks,
         copy_bytes=copy_bytes,
+        shared_address=SHARED_ADDRESS,
         copying=feed.copying,
         # Rounded up only where it must be: the compiler forgets whose memory it is.
         memory="memory" if feed.alignment == CHUNK else f"(size_t(memory) + {feed.alignment - 1}) & -{feed.alignment}",

@@ -10,7 +10,7 @@ from typing import Any
 
 from knnbench.metrics import Space, add_absolute, add_square, keep_largest
 
-__all__ = ["EXPRESSIONS", "PAIR_THREADS", "THREADS", "TILE", "TYPES", "direct_source"]
+__all__ = ["ASYNC_COPIES", "EXPRESSIONS", "PAIR_THREADS", "SHARED_ADDRESS", "THREADS", "TILE", "TYPES", "direct_source"]
 
 THREADS = 16
 """Threads along each side of a block of `accumulate_block`."""
@@ -39,6 +39,33 @@ TYPES = {
     "float32": "float",
     "float64": "double",
 }
+
+SHARED_ADDRESS = r"""
+#ifdef __CUDACC__
+__device__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+#endif
+"""
+
+ASYNC_COPIES = r"""
+#ifdef __CUDACC__
+// Copies n_bytes of `size` and fills up with zeros. What is copied whole does not pass through the first-level cache.
+template <u32 size> __device__ void copy_async(void* to, const void* from, u32 n_bytes)
+{
+    if (size == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :: "r"(shared_address(to)), "l"(from), "r"(n_bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     :: "r"(shared_address(to)), "l"(from), "n"(size), "r"(n_bytes) : "memory");
+}
+__device__ void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <u32 n_groups> __device__ void wait_for_all_but()
+{
+    asm volatile("cp.async.wait_group %0;" :: "n"(n_groups) : "memory");
+}
+#endif
+"""
+"""Copies to shared memory that nobody waits for until they are needed; before it stand `SHARED_ADDRESS` and `u32`."""
 
 SOURCE = string.Template(r"""
 typedef $element element;
