@@ -4,7 +4,10 @@ import importlib
 import math
 import pickle
 import re
+import threading
 from collections.abc import Callable
+from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from threadpoolctl import threadpool_info
 
 from knnbench.backends import get_backend
+from knnbench.backends.linear import LinearLoss
 from knnbench.classifiers import RandomSearchClassifier
+from knnbench.classifiers.random_search import Steps, generator
 from knnbench.errors import BackendUnavailableError, InvalidInputError, UnknownBackendError
 
 MODULE = "knnbench.classifiers.random_search"
@@ -492,25 +497,59 @@ def test_threads_change_nothing_to_the_bit(own_backend: str, monkeypatch: pytest
     assert same_run(found[0], found[2])
 
 
-def test_a_block_follows_the_share_of_improvements(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("pass_cost", "least"), [(0.4, 1), (20.0, 2)])
+def test_a_block_follows_the_share_of_improvements_and_the_cost_of_a_pass(
+    monkeypatch: pytest.MonkeyPatch, pass_cost: float, least: int
+) -> None:
     sizes: list[int] = []
 
-    class Falling(Scripted):
-        def linear_loss(self, X: np.ndarray, *args: Any) -> Any:
-            def losses(W: np.ndarray, b: np.ndarray, limit: float = math.inf) -> np.ndarray:
-                sizes.append(len(W))
-                return np.full(len(W), 1.0 / min(len(sizes), 30))
+    class Falling(LinearLoss):
+        def __call__(self, W: np.ndarray, b: np.ndarray, limit: float = math.inf) -> np.ndarray:
+            sizes.append(len(W))
+            return np.full(len(W), 1.0 / min(len(sizes), 30))
 
-            return losses
-
-    monkeypatch.setattr(f"{MODULE}.get_backend", lambda name: Falling([]))
+    falling = Falling()
+    falling.pass_cost = pass_cost
+    engine = SimpleNamespace(linear_loss=lambda *args: falling)
+    monkeypatch.setattr(f"{MODULE}.get_backend", lambda name: engine)
     found = RandomSearchClassifier(200, 100, random_state=0).fit(*images(20))
     assert found.accepted_iterations_[-1] < 50
-    assert max(sizes[1:30]) <= 2
-    assert max(sizes) == 8
+    assert all(least <= size <= least + 3 for size in sizes[1:30])
+    assert max(sizes) > 8
     # No candidate past the patience, nor past the last iteration, is evaluated.
     assert found.n_iter_ == found.accepted_iterations_[-1] + 101
-    assert sum(sizes[-20:]) < 200
+    assert sum(sizes) < 400
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "7"])
+def test_steps_drawn_ahead_are_those_of_their_iterations(threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KNNBENCH_THREADS", threads)
+    others = threading.active_count()
+    with closing(Steps(5, (3, 2), 0.5, 30)) as steps:
+        for iterations in (range(1), range(1, 4), range(2, 9), range(9, 10), range(25, 30)):
+            found = steps.of(iterations)
+            assert len(found) == len(iterations)
+            for step, iteration in zip(found, iterations, strict=True):
+                moves = 0.5 * draw(5, 1 + iteration).standard_normal((4, 2))
+                np.testing.assert_array_equal(np.vstack([step.W, step.b]), moves)
+                assert step.length == pytest.approx(np.linalg.norm(moves[:3], axis=0).max())
+        # What is behind is let go, and not too much drawn ahead.
+        assert len(steps._drawn) < 20
+    assert threading.active_count() == others
+
+
+def test_what_stops_a_drawing_thread_stops_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(seed: int, counter: int) -> np.random.Generator:
+        if counter > 20:
+            raise MemoryError("no room")
+        return generator(seed, counter)
+
+    monkeypatch.setenv("KNNBENCH_THREADS", "2")
+    others = threading.active_count()
+    monkeypatch.setattr(f"{MODULE}.generator", failing)
+    with pytest.raises(MemoryError, match="no room"):
+        RandomSearchClassifier(60, 60, backend="numpy", random_state=0).fit(*images(20))
+    assert threading.active_count() <= others + 1  # one that waits for tasks
 
 
 class Broken:

@@ -4,6 +4,8 @@ import math
 import numbers
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -20,7 +22,7 @@ from knnbench.backends.notebook import BATCH
 from knnbench.blocking import chunk_rows, slices
 from knnbench.dtypes import Array, computed_dtype
 from knnbench.errors import BackendUnavailableError, InvalidInputError
-from knnbench.threads import limited_blas
+from knnbench.threads import limited_blas, run_tasks, thread_count
 
 from .knn import training_data
 
@@ -30,12 +32,22 @@ __all__ = ["INIT_SCALE", "STEP_SIZE", "Objective", "RandomSearchClassifier", "Se
 AUTO_BACKENDS = ("numba", "numpy")
 
 # Candidates of one pass at the most: where improvements are rarer than one in so many, the pass itself is a small part.
-LARGEST_BLOCK = 8
+LARGEST_BLOCK = 16
 
-# What a pass over the data costs beyond its candidates, in candidates (numba on MNIST), and the iterations over which
-# the share of improvements is estimated.
-PASS_COST = 0.4
+# Iterations over which the share of improvements is estimated.
 MEMORY = 16
+
+# A step of MNIST's 7,850 numbers takes 0.17 ms, more than a GPU needs for all else: some threads draw those to come, so
+# many together as are worth handing over, and no more bytes than this.
+DRAWING_THREADS = 6
+DRAWN_TOGETHER = 4
+DRAWN_BYTES = 1 << 26
+
+# Covers the rounding of a point, and those of lengths.
+LENGTH_SLACK = 1 + 1e-6
+
+# The limit's own rounding must not exclude what equals it.
+LIMIT_SLACK = 1 + 4 * float(np.finfo(np.float64).eps)
 
 # The notebook's.
 STEP_SIZE = 1e-4
@@ -333,23 +345,25 @@ class Objective:
     @classmethod
     def of(cls, summed: LinearLoss, X: Array, weight: Array) -> Self:
         """Return the objective on some samples."""
-        total, length = float(weight.sum()), 0.0
-        for rows in slices(len(X), chunk_rows(X.shape[1])):
+        total, chunks = float(weight.sum()), list(slices(len(X), chunk_rows(X.shape[1])))
+        lengths = np.zeros(len(chunks))
+
+        def add_lengths(number: int) -> None:
+            rows = chunks[number]
             wide = X[rows].astype(np.float64)
-            length += float(np.sqrt(np.einsum("ij,ij->i", wide, wide)) @ weight[rows])
+            lengths[number] = np.sqrt(np.einsum("ij,ij->i", wide, wide)) @ weight[rows]
+
+        run_tasks(add_lengths, range(len(chunks)), thread_count())
         unit = np.finfo(np.result_type(X.dtype, np.float32)).eps / 2
-        return cls(summed, total, 2 * math.sqrt(X.shape[1]) * float(unit) * length / total)
+        return cls(summed, total, 2 * math.sqrt(X.shape[1]) * float(unit) * float(lengths.sum()) / total)
 
     def losses(self, W: Array, b: Array, limit: float) -> Array:
         """Return the mean loss of each candidate, of those above the limit infinity."""
-        # The limit's own rounding must not exclude what equals it.
-        room = 1 + 4 * np.finfo(np.float64).eps
-        return np.asarray(self.summed(W, b, limit * self.total * room) / self.total)
+        return np.asarray(self.summed(W, b, limit * self.total * LIMIT_SLACK) / self.total)
 
-    def errors(self, W: Array) -> Array:
-        """Return what the mean loss of each model may be off."""
-        lengths: Array = np.linalg.norm(W.astype(np.float64), axis=-2).max(axis=-1)
-        return self.error_per_norm * lengths
+    def error(self, W: Array) -> float:
+        """Return what the mean loss of a model may be off."""
+        return self.error_per_norm * longest_column(W.astype(np.float64))
 
 
 @dataclass(slots=True)
@@ -416,52 +430,140 @@ class Search:
         self, objective: Objective, step_size: float, max_iter: int, patience: int, block_size: int | None
     ) -> Iterator[int]:
         """Search; yield at each improvement the patience that was left, with all attributes as they are then."""
-        steps: dict[int, Array] = {}
-        n_features = len(self.W)
-        while self.iteration < max_iter and self.fruitless < patience:
-            wanted = block_size or best_block(self.share)
-            ahead = range(self.iteration, self.iteration + min(wanted, max_iter - self.iteration))
-            ahead = ahead[: patience - self.fruitless]
-            # Those drawn for candidates that were discarded are still good: they depend on the iteration alone.
-            steps = {i: steps[i] if i in steps else drawn_step(self.seed, i, self.W.shape) for i in ahead}
-            moves = step_size * np.stack(list(steps.values()))
-            W = (self.W + moves[:, :n_features]).astype(self.W.dtype)
-            b = (self.b + moves[:, n_features]).astype(self.W.dtype)
-            doubts = 2 * (objective.errors(W) + objective.errors(self.W))
-            losses = objective.losses(W, b, self.best + float(doubts.max()))
-            for candidate, (loss, doubt) in enumerate(zip(losses.tolist(), doubts.tolist(), strict=True)):
-                if abs(loss - self.best) <= doubt:
-                    self.near_ties.append(self.iteration)
-                self.iteration += 1
-                is_better = loss < self.best
-                self.share += (is_better - self.share) / MEMORY
-                if is_better:
-                    left = patience - self.fruitless
-                    self.W, self.b, self.best, self.fruitless = W[candidate], b[candidate], loss, 0
-                    self.accepted.append(self.iteration - 1)
-                    self.curve.append(loss)
-                    yield left
-                    break
-                self.fruitless += 1
+        with closing(Steps(self.seed, self.W.shape, step_size, max_iter)) as steps:
+            error = objective.error(self.W)
+            while self.iteration < max_iter and self.fruitless < patience:
+                wanted = block_size or best_block(self.share, objective.summed.pass_cost)
+                ahead = range(self.iteration, self.iteration + min(wanted, max_iter - self.iteration))
+                drawn = steps.of(ahead[: patience - self.fruitless])
+                W, b = (
+                    np.stack([np.add(point, move, dtype=np.float64).astype(point.dtype) for move in moves])
+                    for point, moves in ((self.W, [step.W for step in drawn]), (self.b, [step.b for step in drawn]))
+                )
+                # A candidate's weights are no longer than the point's and the step's together.
+                longest = objective.error_per_norm * max(step.length for step in drawn)
+                doubt = 2 * (error + (error + longest) * LENGTH_SLACK)
+                losses = objective.losses(W, b, self.best + doubt)
+                for candidate, loss in enumerate(losses.tolist()):
+                    apart = abs(loss - self.best)
+                    if apart <= doubt and apart <= 2 * (error + objective.error(W[candidate])):
+                        self.near_ties.append(self.iteration)
+                    self.iteration += 1
+                    is_better = loss < self.best
+                    self.share += (is_better - self.share) / MEMORY
+                    if is_better:
+                        left = patience - self.fruitless
+                        self.W, self.b, self.best, self.fruitless = W[candidate], b[candidate], loss, 0
+                        self.accepted.append(self.iteration - 1)
+                        self.curve.append(loss)
+                        error = objective.error(self.W)
+                        yield left
+                        break
+                    self.fruitless += 1
 
 
-def best_block(share: float) -> int:
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an iteration adds to the point.
+
+    Attributes
+    ----------
+    W, b : (n_features, n_classes) and (n_classes,) arrays of float64
+    length : float
+        Of the longest column of `W`.
+    """
+
+    W: Array
+    b: Array
+    length: float
+
+    @classmethod
+    def drawn(cls, seed: int, iteration: int, shape: tuple[int, ...], step_size: float) -> Self:
+        """Return the step of an iteration: drawn are a row for each feature, and last the intercepts'."""
+        moves = generator(seed, 1 + iteration).standard_normal((shape[0] + 1, shape[1]))
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.multiply(step_size, moves, out=moves)
+            return cls(moves[:-1], moves[-1], longest_column(moves[:-1]))
+
+
+class Steps:
+    """The steps of iterations, of which threads draw some ahead; without threads to spare each when it is asked for.
+
+    What is drawn depends on the iteration alone, so it does not matter who draws it, nor when.
+
+    Parameters
+    ----------
+    seed, shape, step_size
+        As of `Step.drawn`.
+    end : int
+        The iteration after the last.
+    """
+
+    def __init__(self, seed: int, shape: tuple[int, ...], step_size: float, end: int) -> None:
+        self._seed, self._shape, self._step_size, self._end = seed, shape, step_size, end
+        threads = min(DRAWING_THREADS, thread_count() - 1)
+        self._pool = ThreadPoolExecutor(threads, "knnbench-draw") if threads else None
+        self._together = DRAWN_TOGETHER if threads else 1
+        room = DRAWN_BYTES // (8 * self._together * (shape[0] + 1) * shape[1])
+        self._ahead = min(room, 2 * threads)
+        self._drawn: dict[int, list[Step] | Future[list[Step]]] = {}
+
+    def of(self, iterations: range) -> list[Step]:
+        """Return the steps of some iterations; it does not go back to earlier ones."""
+        first, last = iterations[0] // self._together, iterations[-1] // self._together
+        for number in [number for number in self._drawn if number < first]:
+            del self._drawn[number]
+        for number in range(first, min(last + self._ahead + 1, -(-self._end // self._together))):
+            if number not in self._drawn:
+                self._drawn[number] = self._begun(number)
+        return [self._steps(i // self._together)[i % self._together] for i in iterations]
+
+    def close(self) -> None:
+        """Draw no more."""
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _steps(self, number: int) -> list[Step]:
+        drawn = self._drawn[number]
+        if isinstance(drawn, Future):
+            drawn = self._drawn[number] = drawn.result()
+        return drawn
+
+    def _begun(self, number: int) -> list[Step] | Future[list[Step]]:
+        if self._pool:
+            with suppress(RuntimeError):  # no thread can be started, such as while Python ends
+                return self._pool.submit(self._draw, number)
+        return self._draw(number)
+
+    def _draw(self, number: int) -> list[Step]:
+        first = number * self._together
+        iterations = range(first, min(first + self._together, self._end))
+        return [Step.drawn(self._seed, i, self._shape, self._step_size) for i in iterations]
+
+
+def best_block(share: float, pass_cost: float) -> int:
     """Return how many candidates to evaluate in a pass when this share of iterations improves.
 
-    A block of B yields ``(1 - (1 - share)**B) / share`` iterations and costs ``PASS_COST + B``.
+    A block of B yields ``(1 - (1 - share)**B) / share`` iterations and costs ``pass_cost + B``.
 
     Examples
     --------
-    >>> [best_block(share) for share in (0.5, 0.1, 0.01, 0.0)]
-    [1, 3, 8, 8]
+    >>> [best_block(share, 0.4) for share in (0.5, 0.1, 0.01, 0.0)]
+    [1, 3, 9, 16]
+    >>> [best_block(share, 5) for share in (0.5, 0.1, 0.01, 0.0)]
+    [3, 8, 16, 16]
     """
-    yields = [sum((1 - share) ** i for i in range(size)) for size in range(1, LARGEST_BLOCK + 1)]
-    return 1 + int(np.argmax([gain / (PASS_COST + size) for size, gain in enumerate(yields, 1)]))
+    best, best_rate, gain, left = 1, 0.0, 0.0, 1.0
+    for size in range(1, LARGEST_BLOCK + 1):
+        gain, left = gain + left, left * (1 - share)
+        if gain > best_rate * (pass_cost + size):
+            best, best_rate = size, gain / (pass_cost + size)
+    return best
 
 
-def drawn_step(seed: int, iteration: int, shape: tuple[int, ...]) -> Array:
-    """Return the step of an iteration before it is scaled: a row for each feature, and last the intercepts'."""
-    return generator(seed, 1 + iteration).standard_normal((shape[0] + 1, shape[1]))
+def longest_column(W: Array) -> float:
+    """Return the length of the longest column of a matrix of float64."""
+    return math.sqrt(np.einsum("ij,ij->j", W, W).max())
 
 
 def backend_of(name: str) -> Backend:
