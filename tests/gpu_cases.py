@@ -419,6 +419,9 @@ def test_a_device_without_the_shared_memory(rng, monkeypatch):
     monkeypatch.setattr(module, "device_limits", lambda device: (3, 48 << 10))
     check(rows_of(rng, "uint8", 3, 5), rows_of(rng, "uint8", 9, 5), "sqeuclidean", 2)
     assert not started
+    monkeypatch.setattr(module, "device_limits", lambda device: (3, 0))
+    losses = get_backend(BACKEND).linear_loss(rows_of(rng, "uint8", 9, 5), np.arange(9) % 3, np.ones(9), np.dtype("f4"))
+    assert type(losses).__name__ == "ArrayLoss"
 
 
 @pytest.mark.skipif(BACKEND != "cupy", reason="of CuPy only")

@@ -78,6 +78,11 @@ MOST_EXPONENT = 60
 GROUP_CAPABILITY, GROUP_ARCHITECTURE = "90", "90a"
 PROBE = 'extern "C" __global__ void probe() {}'
 
+# Of losses of linear models: what a call takes beyond the products, on the host and on the bus, and multiply-adds a
+# second of an H100. They decide how many models a call is given, not what comes of it.
+CALL_S = 1.2e-4
+LOSS_RATE = 2e13
+
 
 @dataclass(frozen=True, slots=True)
 class Halves:
@@ -222,7 +227,7 @@ class CupyBackend(BlockwiseBackend):
         # Of classes in parts, which hand something on; not much, but asynchronous copies must be there.
         largest = loss_kernel(X.dtype, dtype, X.shape[1], 2 * CLASSES, MOST_MODELS)
         if largest.most_bytes <= device_limits(cupy.cuda.Device().id)[1]:
-            return FusedLoss(samples, labels, weight, dtype)
+            return FusedLoss(samples, labels, weight, int(y.max()) + 1, dtype)
         return ArrayLoss(cupy, samples, labels, weight, dtype, DEVICE_ELEMENTS, f"cuda-gemm-{dtype}")
 
     def direct_block(self, queries: Native, corpus: Native, space: Space) -> Native:
@@ -545,12 +550,17 @@ class FusedLoss(LinearLoss):
     Parameters
     ----------
     samples, labels, sample_weight : (n, n_features), (n,) and (n,) native arrays
+    n_classes : int
+        That there are labels of: what a model costs is guessed from it.
     dtype : numpy.dtype
         Of the weights.
     """
 
-    def __init__(self, samples: Native, labels: Native, sample_weight: Native, dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, samples: Native, labels: Native, sample_weight: Native, n_classes: int, dtype: np.dtype[Any]
+    ) -> None:
         super().__init__()
+        self.pass_cost = CALL_S / (samples.size * n_classes / LOSS_RATE)
         self._n_samples, self._dtype, self._element = len(samples), dtype, samples.dtype
         self._samples = padded(samples, CHUNK), labels, sample_weight
         self._n_units = -(-self._n_samples // UNIT)
@@ -562,7 +572,8 @@ class FusedLoss(LinearLoss):
         losses = loss_kernel(self._element, self._dtype, n_features, n_classes, n_models)
         room, shape = self._room, (n_classes, losses.weight_shape)
         if room is None or room.n_models < n_models or room.shape != shape:
-            room = self._room = Room(n_models, *shape, self._n_units, self._dtype)
+            # Numbers of models change from call to call; memory of a few sizes serves them.
+            room = self._room = Room(1 << (n_models - 1).bit_length(), *shape, self._n_units, self._dtype)
         stream = cupy.cuda.get_current_stream()
         room.upload(W, b, stream)
         function = kernel(losses.source, "losses", losses.most_bytes, cupy.cuda.Device().id, False)
