@@ -89,7 +89,7 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
     block_size : int or "auto"
         Candidates evaluated in one pass over the data. It changes the time, never the result: those behind the
         first improvement are discarded, because the search draws the next around another point. ``"auto"`` follows
-        the share of iterations that improve.
+        the share of iterations that improve, and what a pass costs the backend beyond its candidates.
 
     Attributes
     ----------
