@@ -346,7 +346,7 @@ def linear_faults(records):
         is_double, is_bytes = record["dtype"] == "float64", record["dtype"] == "uint8"
         add, features = ("DFMA", 2) if is_double else ("FFMA.FTZ", 4)
         values = samples * features
-        loops = [loop for loop in record["loops"] if add in loop]
+        loops = [loop for loop in record["loops"] if 2 * loop.get(add, 0) >= values * columns]
         needed = {add: values * columns, "LDS.128": columns}
         if is_bytes:
             needed |= {"PRMT": values, "FADD.FTZ": values}
