@@ -524,6 +524,7 @@ def test_a_block_follows_the_share_of_improvements_and_the_cost_of_a_pass(
 @pytest.mark.parametrize("threads", ["1", "2", "7"])
 def test_steps_drawn_ahead_are_those_of_their_iterations(threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KNNBENCH_THREADS", threads)
+    monkeypatch.setattr(f"{MODULE}.DRAWN_AHEAD", 8)
     others = threading.active_count()
     with closing(Steps(5, (3, 2), 0.5, 30)) as steps:
         for iterations in (range(1), range(1, 4), range(2, 9), range(9, 10), range(25, 30)):
@@ -545,6 +546,7 @@ def test_what_stops_a_drawing_thread_stops_the_search(monkeypatch: pytest.Monkey
         return generator(seed, counter)
 
     monkeypatch.setenv("KNNBENCH_THREADS", "2")
+    monkeypatch.setattr(f"{MODULE}.DRAWN_AHEAD", 8)
     others = threading.active_count()
     monkeypatch.setattr(f"{MODULE}.generator", failing)
     with pytest.raises(MemoryError, match="no room"):

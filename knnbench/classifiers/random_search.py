@@ -38,8 +38,9 @@ LARGEST_BLOCK = 16
 MEMORY = 16
 
 # A step of MNIST's 7,850 numbers takes 0.17 ms, more than a GPU needs for all else: some threads draw those to come, so
-# many together as are worth handing over, and no more bytes than this.
+# many together as are worth handing over, and no more bytes than this. Short ones are drawn sooner than handed over.
 DRAWING_THREADS = 6
+DRAWN_AHEAD = 2048
 DRAWN_TOGETHER = 4
 DRAWN_BYTES = 1 << 26
 
@@ -487,7 +488,7 @@ class Step:
 
 
 class Steps:
-    """The steps of iterations, of which threads draw some ahead; without threads to spare each when it is asked for.
+    """The steps of iterations: threads draw long ones ahead, where there are some to spare, others when asked for.
 
     What is drawn depends on the iteration alone, so it does not matter who draws it, nor when.
 
@@ -501,11 +502,11 @@ class Steps:
 
     def __init__(self, seed: int, shape: tuple[int, ...], step_size: float, end: int) -> None:
         self._seed, self._shape, self._step_size, self._end = seed, shape, step_size, end
-        threads = min(DRAWING_THREADS, thread_count() - 1)
+        size = (shape[0] + 1) * shape[1]
+        threads = min(DRAWING_THREADS, thread_count() - 1) if size >= DRAWN_AHEAD else 0
         self._pool = ThreadPoolExecutor(threads, "knnbench-draw") if threads else None
         self._together = DRAWN_TOGETHER if threads else 1
-        room = DRAWN_BYTES // (8 * self._together * (shape[0] + 1) * shape[1])
-        self._ahead = min(room, 2 * threads)
+        self._ahead = min(DRAWN_BYTES // (8 * self._together * size), 2 * threads)
         self._drawn: dict[int, list[Step] | Future[list[Step]]] = {}
 
     def of(self, iterations: range) -> list[Step]:
