@@ -341,7 +341,7 @@ def test_shared_memory_is_what_is_asked_for(rng):
     space = Space(METRICS["cityblock"], np.dtype(np.uint8), 5)
     search = small_search(space)
     source = search.source.replace(
-        "= bound_of(heap[0], own);", "= bound_of(heap[0], own), (&shared.counts[0])[32] = 0;"
+        "= bound_of(heap[0], own);", "= bound_of(heap[0], own), (&shared.counts[0])[64] = 0;"
     )
     rows = whole_numbers(rng, "uint8", 20, 5)
     with pytest.raises(AssertionError, match="writes past its shared memory"):

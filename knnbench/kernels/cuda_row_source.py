@@ -121,13 +121,18 @@ extern "C" __global__ void __launch_bounds__($threads) pack_rows(
     const bool is_aligned = (size_t(rows) | row_bytes) % 16 == 0;
     packed += i / panel_rows * n_slices * panel_rows * 8 + i % panel_rows * 8;
     for (size c = lane; c < n_chunks; c += 32) {
-        uint4 chunk = {0, 0, 0, 0};
+        uint4 chunk;
         const unsigned char* const from = rows + i * row_bytes + c * 16;
         if (is_aligned)
             chunk = *reinterpret_cast<const uint4*>(from);
-        else
-            for (int b = 0; b < 16 && c * 16 + b < row_bytes; ++b)
-                reinterpret_cast<unsigned char*>(&chunk)[b] = from[b];
+        else {
+            unsigned words[4] = {};
+            #pragma unroll
+            for (int b = 0; b < 16; ++b)
+                if (c * 16 + b < row_bytes)
+                    words[b / 4] |= unsigned(from[b]) << b % 4 * 8;
+            chunk = {words[0], words[1], words[2], words[3]};
+        }
         packed[c / 8 * panel_rows * 8 + (c % 8 ^ i % 8)] = chunk;
     }
 }
