@@ -29,10 +29,10 @@ def problem(rng, element, n_samples, n_features, n_classes, n_models):
     return X, rng.integers(0, n_classes, n_samples), rng.random(n_samples), W, b
 
 
-def launched(compiled, X, y, weight, W, b, per_thread=None, faulty=None):
+def launched(compiled, X, y, weight, W, b, faulty=None):
     """Return the losses of units of samples, as the backend starts the kernel."""
     n_models, n_features, n_classes = W.shape
-    kernel = loss_kernel(X.dtype, W.dtype, n_features, n_classes, n_models, per_thread=per_thread)
+    kernel = loss_kernel(X.dtype, W.dtype, n_features, n_classes, n_models)
     chunks = row_chunks(n_features, X.dtype)
     rows = np.zeros((len(X), chunks * CHUNK // X.itemsize), X.dtype)
     rows[:, :n_features] = X
@@ -75,11 +75,9 @@ def test_losses(element, shape, rng, compiled):
     found = launched(compiled, *given)
     np.testing.assert_allclose(found, expected(*given), rtol=1e-5 if element != "float64" else 1e-12, atol=1e-12)
     X, y, weight, W, b = given
-    # The same to the bit, however many models there are and samples a thread has.
+    # The same to the bit, however many models there are.
     assert_identical(found[:1], launched(compiled, X, y, weight, W[:1], b[:1]))
     assert_identical(found[-2:], launched(compiled, X, y, weight, W[-2:], b[-2:]))
-    for per_thread in (4, 8) if element != "float64" else (4,):
-        assert_identical(found, launched(compiled, *given, per_thread=per_thread))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

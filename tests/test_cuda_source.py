@@ -205,9 +205,14 @@ def test_a_write_outside_an_argument_shows(offset, where, compiled):
         compiled(source).launch("kernel", (1,), (1,), (np.zeros(2, np.int32), np.int32(offset)))
 
 
-def test_the_cases_on_the_stand_in(compiled):
-    environment = {**os.environ, "KNNBENCH_CASES": "cupy"}
+GROUP_CASES = "few_queries or halves or blocks_do_not_show or small_budget"
+
+
+@pytest.mark.parametrize(("groups", "chosen"), [("0", ""), ("1", GROUP_CASES)])
+def test_the_cases_on_the_stand_in(groups, chosen, compiled):
+    environment = {**os.environ, "KNNBENCH_CASES": "cupy", "KNNBENCH_WGMMA": groups}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.fake_cupy", str(CASES)]
+    command += ["-k", chosen]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 

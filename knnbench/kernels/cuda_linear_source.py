@@ -35,10 +35,10 @@ MOST_MODELS = 4
 """Models of a block of threads at the most."""
 
 CLASSES = 10
-"""Classes of one model that are computed at a time, at the most: 8 samples of as many fill 80 registers."""
+"""Classes of one model that are computed at a time, at the most: 4 samples of as many fill 40 registers."""
 
-# Models from which on a thread has more samples: weights are loaded half as often, and there is enough to do.
-MANY_MODELS = 4
+PER_THREAD = 4
+"""Samples of a thread. With 8, weights are loaded half as often, but on an H200 it took 1.1 to 1.5 times as long."""
 
 SLICE_CHUNKS = 2
 STAGES = 3
@@ -324,8 +324,6 @@ def loss_kernel(
     n_features: int,
     n_classes: int,
     n_models: int,
-    *,
-    per_thread: int | None = None,
 ) -> LossKernel:
     """Return the kernel that suits some models.
 
@@ -334,27 +332,23 @@ def loss_kernel(
     element, real : numpy.dtype
         Of the samples, uint8 or floats, and of the weights: float32 or float64, no smaller.
     n_features, n_classes, n_models : int
-    per_thread : {4, 8}, optional
-        Samples of a thread, if not as many as are fastest.
     """
-    if per_thread is None:
-        per_thread = 8 if n_models >= MANY_MODELS and real.itemsize == 4 else 4
     n_parts = -(-n_classes // CLASSES)
-    n_columns, models, samples = -(-n_classes // n_parts), min(n_models, MOST_MODELS), 32 * per_thread
+    n_columns, models, samples = -(-n_classes // n_parts), min(n_models, MOST_MODELS), 32 * PER_THREAD
     chunks, features = row_chunks(n_features, element), CHUNK // element.itemsize
     shared_bytes, most_bytes = (
         _shared_bytes(n, samples, n_columns, features, real.itemsize, n_parts > 1) for n in (models, MOST_MODELS)
     )
-    source = _source(element.name, real.name, per_thread, n_columns, n_parts > 1)
+    source = _source(element.name, real.name, n_columns, n_parts > 1)
     return LossKernel(source, samples, models, shared_bytes, most_bytes, (n_parts, chunks * features, n_columns))
 
 
 @functools.cache
-def _source(element: str, real: str, per_thread: int, n_columns: int, in_parts: bool) -> str:
+def _source(element: str, real: str, n_columns: int, in_parts: bool) -> str:
     return SOURCE.substitute(
         element=TYPES[element],
         real=TYPES[real],
-        per_thread=per_thread,
+        per_thread=PER_THREAD,
         columns=n_columns,
         in_parts=str(in_parts).lower(),
         slice_chunks=SLICE_CHUNKS,

@@ -18,8 +18,9 @@ float32, products   FFMA                    tensor cores (3xTF32) round by rules
 floats, direct      FADD, FADD or FFMA      the same operations as the naive form
 ==================  ======================  ==================================================================
 
-On devices of compute capability 9.0 tensor cores are given the work of four warps at once (``wgmma``), and read shared
-memory for themselves: one warp's instructions and loads keep them busy for half of the time.
+Tensor cores can be given the work of four warps at once (``wgmma``) on devices of compute capability 9.0, and then read
+shared memory for themselves: by one warp's instructions they work a third of the time (uint8, H100). That search is
+emulated and compiled; as no device has run it, who wants it asks for it (`knnbench.backends.cupy`).
 
 Products of float64 have no kernel here: cuBLAS computes them on tensor cores at twice the rate of DFMA.
 

@@ -259,8 +259,9 @@ class _Distances(_Case):
         whole = len(self.corpus)
         affordable = LONGEST * self.call_s * pairs_per_s / LEAST_QUERIES
         if affordable < whole <= affordable * OVERHEAD:
-            # The first look was too small to tell: see what one query costs in earnest.
-            seconds, _ = self.timed_call(1, self.prepared(whole)[1])
+            # The first look was too small to tell: see what one query costs in earnest; the first time it may compile.
+            prepared = self.prepared(whole)[1]
+            seconds = min(self.timed_call(1, prepared)[0] for _ in range(2))
             affordable = LONGEST * self.call_s * whole / seconds / LEAST_QUERIES
         return whole if affordable >= whole else min(whole, max(LEAST_CORPUS, self.case.k or 1))
 
