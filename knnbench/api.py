@@ -659,8 +659,8 @@ class _Task:
             is_view = isinstance(given, MappedStream) and self._fits(given.rows)
             most = max(1, STREAM_BYTES // (n_features * itemsize))
             n_corpus = min(given.n_rows or most, most)
-            # This block and the next, unless they are views; and what a backend, or a peer in float64, makes of one.
-            row_bytes = n_features * ((0 if is_view else 2 * itemsize) + max(2 * itemsize, 8))
+            # This block and the next, or the pages of a file that are in use; and what the backend makes of a block.
+            row_bytes = n_features * itemsize * (1 if is_view else 2) + self.engine.prepared_bytes(self.space)
         elif self.is_resident or not self._crosses or interchange.on_device(self.prepared.rows):
             return [slice(0, n_corpus)]
         else:

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knnbench import CheckpointError, InvalidInputError, checkpoint, knn, prepare
+from knnbench import CheckpointError, InvalidInputError, api, checkpoint, knn, prepare
 from knnbench.checkpoint import STRIDE, Checkpoint, Progress, RowDigest
 
 from ._checks import assert_identical
 
 K = 5
-BUDGET = 400_000
+BUDGET, BLOCK_BYTES = 400_000, 16_384
 
 
 @pytest.fixture
@@ -27,7 +27,8 @@ def data(rng):
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
-    """Write after each block."""
+    """Write after each block, of which there are several."""
+    monkeypatch.setattr(api, "STREAM_BYTES", BLOCK_BYTES)
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     monkeypatch.setattr(checkpoint, "TIMES_WRITING", 0)
 
@@ -126,8 +127,8 @@ def test_auto_goes_on_with_the_backend_that_began(data, tmp_path):
 KILLED = """
 import sys, time
 import numpy as np
-from knnbench import checkpoint, knn
-checkpoint.SECONDS = checkpoint.TIMES_WRITING = 0
+from knnbench import api, checkpoint, knn
+checkpoint.SECONDS, checkpoint.TIMES_WRITING, api.STREAM_BYTES = 0, 0, 16_384
 queries, corpus = np.load(sys.argv[1]), np.load(sys.argv[2], mmap_mode="r")
 
 def progress(done, of):

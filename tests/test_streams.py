@@ -32,6 +32,12 @@ def make(rng, dtype, n_corpus=N_CORPUS):
     return queries.astype(dtype), corpus.astype(dtype)
 
 
+@pytest.fixture
+def short_blocks(monkeypatch):
+    """Let a corpus be read in several blocks, however small it is beside the budget."""
+    monkeypatch.setattr(api, "STREAM_BYTES", 4096)
+
+
 def assert_same(answer, expected):
     assert_identical(answer.distances, expected.distances)
     assert_identical(answer.indices, expected.indices)
@@ -87,12 +93,14 @@ KINDS = {
 @pytest.mark.parametrize("budget", [None, 90_000])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_every_kind_of_corpus_gives_what_an_array_gives(kind, dtype, budget, rng, tmp_path):
+def test_every_kind_of_corpus_gives_what_an_array_gives(kind, dtype, budget, rng, tmp_path, request):
     if kind == "lists" and dtype == "float32":
         dtype = "float64"
     queries, corpus = make(rng, dtype)
     given_corpus = corpus.astype(np.float64) if kind == "lists" else corpus
     expected = knn(queries, given_corpus, K, backend="numba")
+    if budget:
+        request.getfixturevalue("short_blocks")
     calls = []
     answer = knn(
         queries, KINDS[kind](given_corpus, tmp_path / "corpus.npy"), K, backend="numba", memory_budget=budget,
@@ -137,6 +145,7 @@ def test_every_backend_searches_in_blocks(backend, metric, dtype, rng):
 
 
 @pytest.mark.parametrize("dtype", [">f8", "float16", "int16", "bool"])
+@pytest.mark.usefixtures("short_blocks")
 def test_blocks_are_converted_as_arrays_are(dtype, rng, tmp_path):
     queries, corpus = make(rng, dtype)
     expected = knn(queries, corpus, K, backend="numba")
@@ -166,6 +175,7 @@ def test_exact_neighbours(rng, tmp_path):
     assert answer.certificate.filter == "integers"
 
 
+@pytest.mark.usefixtures("short_blocks")
 @pytest.mark.parametrize("budget", [None, 200_000])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lists"])
 def test_exact_neighbours_of_floats(kind, budget, rng, tmp_path):
@@ -251,6 +261,7 @@ def test_blocks_that_differ_are_named(rng):
     refused(lambda: knn(queries[:, :3], iter([corpus]), 2), "3 features", "12")
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_a_row_is_named_by_its_place_in_the_corpus(rng, tmp_path):
     queries, corpus = make(rng, "float32")
     corpus[402, 3] = np.nan

@@ -3,8 +3,8 @@
 A class here is abstract or final: a backend implements what is abstract and overrides nothing, except
 that one with a better `Backend.linear_loss` or `Backend.candidates` may bring its own, and that one may tell more of
 itself for measuring: `Backend.operations`, `Backend.stopwatch`, `Backend.device_peak`; or for sharing work:
-`Backend.prepare_about`, `Backend.levels`; or of its device: `Backend.uploader`, `Backend.ran_out`. Which backends
-exist, and whether they work here, is the business of `knnbench.backends`.
+`Backend.prepare_about`, `Backend.prepared_bytes`, `Backend.levels`; or of its device: `Backend.uploader`,
+`Backend.ran_out`. Which backends exist, and whether they work here, is the business of `knnbench.backends`.
 """
 
 from abc import ABC, abstractmethod
@@ -162,6 +162,13 @@ class Backend(ABC):
         space : Space
         """
         return self.prepare(corpus, space)
+
+    def prepared_bytes(self, space: Space) -> int:
+        """Return what `prepare` holds of a corpus row beside the row itself, at the most.
+
+        By default a copy in twice the precision, in which a peer may compute.
+        """
+        return space.n_features * max(2 * space.dtype.itemsize, np.dtype(np.float64).itemsize)
 
     def levels(self) -> tuple[str, ...]:
         """Return the levels of vector instructions that it can compute at here, the best first.

@@ -135,6 +135,10 @@ class NumbaBackend(HostBackend):
         """Return the prepared rows, to be centred about a given point."""
         return replace(self.prepare(corpus, space), about=centre)
 
+    def prepared_bytes(self, space: Space) -> int:
+        """Return what a row of unit length takes; others are compared as they lie."""
+        return prepared_bytes(space)
+
     def levels(self) -> tuple[str, ...]:
         """Return $KNNBENCH_SIMD, or all levels that this CPU has and the operating system allows."""
         best = simd_level()
@@ -463,5 +467,5 @@ def prepared_rows(rows: Array, space: Space) -> Array:
 
 
 def prepared_bytes(space: Space) -> int:
-    """Return what is held to prepare one query."""
+    """Return what is held to prepare one row."""
     return space.dtype.itemsize * space.n_features if is_scaled(space) else 0
