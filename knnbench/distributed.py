@@ -7,14 +7,15 @@ bit of the answer.
 
 Who computes must not matter either. On uint8, and with ``accuracy="exact"``, every own backend gives the same, and each
 worker takes the fastest of its machine. With floats and ``accuracy="fast"`` the job names one backend, one level of
-vector instructions that all workers have, one number of threads a task and one centre, for all tasks.
+vector instructions that all workers have and one number of threads a task, for all tasks, and one centre for each block
+of queries.
 
 Dask is loaded on use; ``pip install 'knnbench[distributed]'``.
 """
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -58,9 +59,6 @@ QUERY_ROWS = 1 << 14
 SPLIT_EVERY = 8
 
 LARGE_GRAPH = "distributed.admin.large-graph-warning-threshold"
-
-# Shards of which rows are taken for the centre.
-CENTRE_SHARDS = 8
 
 List = tuple[Array, Array]
 
@@ -107,10 +105,11 @@ class Job:
         """Whether tasks must compute alike, or answers would depend on who computes."""
         return self.accuracy == "fast" and not self.space.is_integer
 
-    def search(self, queries: Array, shard: Array, first: int, name: str, means: Sequence[Array | None] = ()) -> List:
+    def search(self, queries: Array, shard: Array, first: int, name: str) -> List:
         """Return the neighbours of queries in a shard, of whose rows `first` is the first in the corpus.
 
-        Floats are centred about the mean of `means`, which are the same for all shards.
+        Floats are centred amid the queries: a point that all shards have without a task that looks for it. What
+        centring is for, that rows lie near it which are near to a query, it does as well as one amid the corpus.
         """
         if len(shard) == 0:
             # Exact values of floats are strings of bytes; any merge with others makes them as long as those.
@@ -120,10 +119,12 @@ class Job:
             backend = self.backend
             if backend == "auto" and not interchange.on_device(shard):
                 backend = fastest_here(len(queries), *shard.shape, self.k, self.metric, self.dtype, self.accuracy)
+            with np.errstate(all="ignore"):  # rows without a mean are refused by the search
+                centre = centre_of(queries, self.space) if self.is_pinned and len(queries) else None
             with held(self.settings):
                 ranked, indices = search_block(
                     queries, shard, self.k, first, self.metric, backend=backend, accuracy=self.accuracy,
-                    memory_budget=self.memory_budget, check_finite=self.check_finite, centre=_centre(means),
+                    memory_budget=self.memory_budget, check_finite=self.check_finite, centre=centre,
                 )  # fmt: skip
         except InvalidInputError as error:
             raise InvalidInputError(f"in {name}, whose first row is {first:,} of the corpus: {error}") from None
@@ -228,7 +229,6 @@ def knn(
     (array([[1, 1, 3]], dtype=int32), array([[0, 1, 2]]))
     """
     corpus = _as_shards(corpus)
-    import dask
     import dask.array as da
 
     blocks = _as_query_blocks(queries, da)
@@ -239,8 +239,7 @@ def knn(
         )
     cluster = _Cluster(client)
     job = _job(blocks, corpus, k, metric, backend, accuracy, memory_budget, check_finite, threads, cluster)
-    finish = dask.delayed(Job.finish, pure=True)
-    parts = [finish(job, lists) for lists in _lists(job, blocks, corpus, dask)]
+    parts = _answers(job, blocks, corpus)
     if compute:
         with cluster.large_graphs():
             found = cluster.compute(parts)
@@ -467,43 +466,31 @@ def _levels(backend: str) -> tuple[str, ...]:
     return get_backend(backend).levels()
 
 
-def _sample(shard: Array, space: Space) -> Array | None:
-    return centre_of(shard, space) if len(shard) else None
+def _answers(job: Job, queries: Any, corpus: Any) -> list[Any]:
+    """Return the distances and indices of each block of queries, as a pair that Dask computes."""
+    from dask.base import tokenize
+    from dask.delayed import Delayed
+    from dask.highlevelgraph import HighLevelGraph
 
-
-def _centre(means: Sequence[Array | None]) -> Array | None:
-    """Return the mean of some shards' centres, in an order that is always the same."""
-    known = [mean for mean in means if mean is not None]
-    return np.mean(known, axis=0, dtype=np.float64).astype(known[0].dtype) if known else None
-
-
-def _lists(job: Job, queries: Any, corpus: Any, dask: Any) -> list[list[Any]]:
-    """Return the few lists of each block of queries that `Job.finish` takes, to be computed."""
-    token = dask.base.tokenize(job, queries.name, corpus.name)
-    search, merge = dask.delayed(Job.search, pure=True), dask.delayed(Job.merge, pure=True)
-    shards = corpus.to_delayed().ravel()
-    starts = np.cumsum((0, *corpus.chunks[0]))
-    space = job.space
-    means: list[Any] = []
-    if job.is_pinned:
-        chosen = shards[:: -(-len(shards) // CENTRE_SHARDS)]
-        sample = dask.delayed(_sample, pure=True)
-        means = [sample(shard, space) for shard in chosen]
-    left = []
-    for i, block in enumerate(queries.to_delayed().ravel()):
-        lists = [
-            search(
-                job, block, shard, int(starts[j]), f"chunk {j}", means,
-                dask_key_name=f"knnbench-search-{token}-{i}-{j}",
-            )
-            for j, shard in enumerate(shards)
-        ]  # fmt: skip
+    # A graph written down: `dask.delayed` merges graphs at each call, which took 5 ms a shard.
+    token = tokenize(job, queries.name, corpus.name)
+    shards = [key for (key,) in corpus.__dask_keys__()]
+    starts = np.cumsum((0, *corpus.chunks[0])).tolist()
+    tasks: dict[Any, Any] = {}
+    answers = []
+    for i, (block,) in enumerate(queries.__dask_keys__()):
+        lists: list[Any] = []
+        for j, shard in enumerate(shards):
+            lists.append((f"knnbench-search-{token}", i, j))
+            tasks[lists[-1]] = (Job.search, job, block, shard, starts[j], f"chunk {j}")
         level = 0
         while len(lists) > SPLIT_EVERY:
-            lists = [
-                merge(job, lists[part], dask_key_name=f"knnbench-merge-{token}-{i}-{level}-{part.start}")
-                for part in slices(len(lists), SPLIT_EVERY)
-            ]
-            level += 1
-        left.append(lists)
-    return left
+            parts = list(slices(len(lists), SPLIT_EVERY))
+            merged = [(f"knnbench-merge-{token}", i, level, part.start) for part in parts]
+            tasks.update((key, (Job.merge, job, lists[part])) for key, part in zip(merged, parts, strict=True))
+            lists, level = merged, level + 1
+        answers.append((f"knnbench-finish-{token}", i))
+        tasks[answers[-1]] = (Job.finish, job, lists)
+    layer = f"knnbench-{token}"
+    graph = HighLevelGraph.from_collections(layer, tasks, dependencies=(queries, corpus))
+    return [Delayed(key, graph, layer=layer) for key in answers]

@@ -211,7 +211,7 @@ def test_tasks_hold_the_settings(rng, monkeypatch):
     assert seen == ["3"] * 7
 
 
-def test_one_centre_for_all_tasks(rng, monkeypatch):
+def test_one_centre_for_all_tasks_of_a_block_of_queries(rng, monkeypatch):
     queries, corpus = make(rng, "float32")
     seen = []
     search = distributed.search_block
@@ -223,7 +223,9 @@ def test_one_centre_for_all_tasks(rng, monkeypatch):
     monkeypatch.setattr(distributed, "search_block", spy)
     distributed.knn(queries, da.from_array(corpus, chunks=(SEVEN, -1)), K, backend="numpy")
     assert len(seen) == 7
-    assert all((centre == seen[0]).all() for centre in seen)
+    for centre in seen:
+        np.testing.assert_allclose(centre, queries.mean(axis=0), rtol=1e-6)
+        assert_identical(centre, seen[0])
     seen.clear()
     integers = da.from_array(corpus.astype(np.uint8), chunks=(SEVEN, -1))
     distributed.knn(queries.astype(np.uint8), integers, K, backend="numpy")
