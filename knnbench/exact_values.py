@@ -19,7 +19,14 @@ from knnbench.bounds import Floats, interval
 from knnbench.dtypes import Array
 from knnbench.errors import InvalidInputError
 from knnbench.metrics import Space, add_product, square_root
-from knnbench.sortable import binary_from, binary_string, fraction_from, fraction_string
+from knnbench.sortable import (
+    binary_from,
+    binary_string,
+    binary_strings,
+    doubles_from,
+    fraction_from,
+    fraction_string,
+)
 from knnbench.threads import run_tasks, thread_count
 
 __all__ = ["Values", "distances_of", "whole_values"]
@@ -36,6 +43,9 @@ EXACT_PAIRS, PAIR_BYTES = 1 << 17, 640
 
 # Rows for which there is room, at the least, of all that may be nearest to one of several queries.
 LEAST_ROOM = 1 << 12
+
+# Strings that become distances together.
+DISTANCES = 1 << 12
 
 # Components of an expansion: two hold most sums of float32, eight nearly anything.
 FEW_COMPONENTS, MANY_COMPONENTS = 2, 8
@@ -399,23 +409,20 @@ class Values:
         -------
         (n_pairs,) array of bytes
         """
-        found: list[bytes] = []
-        for some in slices(len(i), self._pairs):
-            found += self._strings(i[some], j[some])
-        return np.array(found)
+        return np.concatenate([self._strings(i[some], j[some]) for some in slices(len(i), self._pairs)])
 
-    def _strings(self, i: Array, j: Array) -> list[bytes]:
+    def _strings(self, i: Array, j: Array) -> Array:
         if self._space.metric.unit_rows:
-            return [fraction_string(*fraction) for fraction in self._fractions(i, j)]
+            return np.array([fraction_string(*fraction) for fraction in self._fractions(i, j)])
         few, lost = self._expansions(self._queries, i, self._corpus, j, FEW_COMPONENTS, self._space.form.accumulate)
-        result = [b""] * len(i)
-        for some, numbers, exponent in (
-            (good := np.nonzero(lost == 0)[0], whole_numbers(few[good]), UNIT_EXPONENT),
-            (left := np.nonzero(lost != 0)[0], *self._whole(i[left], j[left])),
-        ):
-            for p, number in zip(some.tolist(), numbers, strict=True):
-                result[p] = binary_string(number, exponent + self._exponent)
-        return result
+        strings, is_whole = binary_strings(double_double.Double(few[:, 0], few[:, 1]), self._exponent)
+        left = np.nonzero((lost != 0) | ~is_whole)[0]
+        if len(left):
+            numbers, exponent = self._whole(i[left], j[left])
+            found = np.array([binary_string(number, exponent + self._exponent) for number in numbers])
+            strings = strings.astype(np.result_type(strings, found))
+            strings[left] = found
+        return strings
 
     def _fractions(self, i: Array, j: Array) -> list[tuple[int, int]]:
         """Return ``1 - c |c|`` for the cosine c of each pair, as numerator and denominator."""
@@ -734,7 +741,27 @@ def distances_of(space: Space, strings: Array) -> Array:
     -------
     array of `Space.output`, of the same shape
     """
-    number_from = fraction_from if space.metric.unit_rows else binary_from
-    distances = (distance_of(space, *number_from(string)) for string in strings.flat)
+    result = np.empty(strings.size, space.output)
+    from_strings = _from_fractions if space.metric.unit_rows else _from_binary
     with np.errstate(over="ignore", under="ignore"):
-        return np.fromiter(distances, np.float64, strings.size).astype(space.output).reshape(strings.shape)
+        for some in slices(strings.size, DISTANCES):
+            result[some] = from_strings(space, strings.reshape(-1)[some])
+    return result.reshape(strings.shape)
+
+
+def _from_fractions(space: Space, strings: Array) -> Floats:
+    return np.array([distance_of(space, *fraction_from(string)) for string in strings.tolist()])
+
+
+def _from_binary(space: Space, strings: Array) -> Floats:
+    value, exponents, good = doubles_from(strings)
+    if space.form.finish is square_root:
+        odd = exponents % 2  # of which the root is no power of two
+        value = double_double.root(double_double.Double(*(np.ldexp(part, odd) for part in value)))
+        exponents = (exponents - odd) // 2
+        good &= is_rounded(value, value.high * double_double.ERROR)
+    result: Floats = np.ldexp(value.high, exponents)
+    good &= (result >= SMALLEST_NORMAL) | (value.high == 0)  # among subnormal numbers it was rounded once more
+    for p in np.nonzero(~good)[0]:
+        result[p] = distance_of(space, *binary_from(strings[p]))
+    return result

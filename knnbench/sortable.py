@@ -9,7 +9,12 @@ an even place and the smaller one at an odd place, and a fraction that ends ther
 Continued Fractions, University of Chicago Press 1964, section 3).
 """
 
-__all__ = ["binary_from", "binary_string", "fraction_from", "fraction_string"]
+import numpy as np
+
+from knnbench.double_double import Double, two_sum
+from knnbench.dtypes import Array
+
+__all__ = ["binary_from", "binary_string", "binary_strings", "doubles_from", "fraction_from", "fraction_string"]
 
 # Added to exponents, of which that of the least square of float64 is some -2150: they are then positive, and so is the
 # first byte of each number but 0.
@@ -17,6 +22,11 @@ BIAS = 1 << 14
 
 # A partial quotient below this is one byte; a larger one this, its length in two bytes, and its digits.
 LONG, ENDS = 0xFE, 0xFF
+
+# Of numbers in arrays of float64: digits, in bytes, to which strings are made, and read, six at a time; and a power of
+# two so far from the ends of the range that no shift by so many digits reaches them.
+MADE, READ, HALF = 16, 12, 6
+FAR = 500
 
 # Zero bytes that may have been cut from the end: more than all digits of what the squares of float64's squares give.
 ZEROS = 1 << 12
@@ -37,6 +47,77 @@ def binary_string(value: int, exponent: int) -> bytes:
     n_bits = value.bit_length()
     digits = (value << -n_bits % 8).to_bytes(-(-n_bits // 8), "big")
     return ((n_bits + exponent + BIAS).to_bytes(2, "big") + digits).rstrip(b"\0")
+
+
+def binary_strings(numbers: Double, exponent: int) -> tuple[Array, Array]:
+    """Return the strings of numbers times ``2**exponent``, as `binary_string` has them, and which are whole.
+
+    Parameters
+    ----------
+    numbers : Double
+        The first component is the sum rounded; not negative.
+    exponent : int
+
+    Returns
+    -------
+    strings : (n,) array of bytes
+    is_whole : (n,) array of bool
+        False for numbers of more digits than are looked for, or far from 1.
+
+    Examples
+    --------
+    >>> binary_strings(Double(np.array([3.0, 0.0]), np.array([-(2.0**-60), 0.0])), 0)[0][0] == binary_string(
+    ...     3 * 2**60 - 1, -60
+    ... )
+    True
+    """
+    high, low = numbers
+    is_zero = high == 0
+    is_whole = (high > 2.0**-FAR) & (high < 2.0**FAR) & ((low == 0) | (np.abs(low) > high * 2.0**-FAR)) | is_zero
+    first, power = np.frexp(np.where(is_whole, high, 0.0))
+    power -= (first == 0.5) & (low < 0)
+    leading = np.where(is_zero, 0, power + (exponent + BIAS))
+    text = np.zeros((len(high), 2 + MADE), np.uint8)
+    text[:, 0], text[:, 1] = leading >> 8, leading & 0xFF
+    rest = Double(np.ldexp(np.where(is_whole, high, 0.0), -power), np.ldexp(np.where(is_whole, low, 0.0), -power))
+    column = 2
+    while column < 2 + MADE and rest.high.any():
+        high, low = 256 * rest.high, 256 * rest.low
+        digit = np.floor(high)
+        digit -= (digit == high) & (low < 0)
+        text[:, column] = digit
+        rest, column = two_sum(high - digit, low), column + 1
+    return np.ascontiguousarray(text[:, :column]).view(f"S{column}")[:, 0], is_whole & (rest.high == 0)
+
+
+def doubles_from(strings: Array) -> tuple[Double, Array, Array]:
+    """Return what strings of `binary_string` hold as arrays of float64.
+
+    Parameters
+    ----------
+    strings : (n,) array of bytes
+
+    Returns
+    -------
+    numbers : Double
+        From 1/2 to 1, or 0.
+    exponents : (n,) array of int64
+        Of the powers of two that these are to be multiplied by.
+    is_whole : (n,) array of bool
+        False for strings of more digits.
+
+    Examples
+    --------
+    >>> numbers, exponents, _ = doubles_from(np.array([binary_string(49, -4)]))
+    >>> np.ldexp(numbers.high, exponents)
+    array([3.0625])
+    """
+    text = np.ascontiguousarray(strings).view(np.uint8).reshape(len(strings), -1).astype(np.int64)
+    text = np.pad(text, ((0, 0), (0, max(0, 2 + READ - text.shape[1]))))
+    places = 256 ** np.arange(HALF)[::-1]
+    halves = [(text[:, start : start + HALF] @ places).astype(np.float64) for start in range(2, 2 + READ, HALF)]
+    numbers = two_sum(halves[0] * 256.0**-HALF, halves[1] * 256.0**-READ)
+    return numbers, text[:, 0] * 256 + text[:, 1] - BIAS, (text[:, 2 + READ :] == 0).all(axis=1)
 
 
 def binary_from(string: bytes) -> tuple[int, int]:
