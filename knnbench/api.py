@@ -4,7 +4,7 @@ import operator
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
@@ -13,13 +13,13 @@ import knnbench
 from knnbench import exact, interchange, selection
 from knnbench.backends import get_backend
 from knnbench.backends.base import Backend, Native, scan_rows
-from knnbench.blocking import block_shape, check_budget, require_memory, slices
+from knnbench.blocking import BUDGET_VARIABLE, block_shape, check_budget, require_memory, slices
 from knnbench.checkpoint import Checkpoint, Progress, RowDigest, digest_of
 from knnbench.dtypes import Array, common_dtype, computed_dtype
 from knnbench.errors import CheckpointError, InvalidInputError, OverBudgetError, UnsupportedError
 from knnbench.exact_values import distances_of
 from knnbench.metrics import Metric, Space, get_metric
-from knnbench.ordering import merge_topk
+from knnbench.ordering import MISSING, merge_topk
 from knnbench.selection import Problem
 from knnbench.streams import MappedStream, Stream, as_stream, open_rows, read_ahead, touch
 from knnbench.threads import limited_blas
@@ -38,6 +38,9 @@ CENTRE_ROWS, USUAL_CORPUS = 1024, 100_000
 
 # What the packed form of a corpus takes with its copy, in sizes of the rows; what merging an answer takes, in its size.
 PACKED_COPIES, MERGED_COPIES = 2, 4
+
+# What lists of exact values take, in their size: they are copied when one comes that is longer than all before.
+LIST_COPIES = 2
 
 # What the exact value of a neighbour of ordinary rows takes, in sizes of a float; which is not known before. A cosine,
 # which is a continued fraction, took 71 to 91 bytes in float32 and 137 to 159 in float64.
@@ -267,7 +270,7 @@ def knn(
     corpus : (n_corpus, n_features) array of real numbers, Prepared, or what is read block by block
         Read block by block are a numpy.memmap, the path of a ``.npy`` file, a Dask array, a list of two-dimensional
         arrays, or an iterable of them such as a generator: blocks of one dtype and width, in the order of their
-        rows. A thread reads the next block while one is searched.
+        rows. A thread reads the next block while one is searched; a file that is one block is searched as an array.
     k : int
         ``1 <= k <= n_corpus``.
     metric, backend, memory_budget, check_finite
@@ -284,7 +287,8 @@ def knn(
         read from its beginning, and not searched again. Not for a corpus that is prepared in memory or lies on a
         device.
     progress : callable, optional
-        Called with the rows searched and n_corpus (None if not known) after each block.
+        Called with the rows searched and n_corpus (None if not known) after each block; from the beginning again where
+        the corpus is read for some queries after the other.
 
     Returns
     -------
@@ -337,12 +341,16 @@ def knn(
         backend = kept.header["job"].get("backend", backend)
     task = _enter(queries, corpus, check_count("k", k), metric, backend, accuracy, memory_budget, check_finite)
     k = check_k(k, task.prepared.shape[0]) if task.n_corpus is not None else k
+    if kept is None:
+        task = task.in_one_block()
     if task.proves_floats and not task.is_streamed:
         with clear_when_full(task.engine, f"the exact search of {task.prepared.shape[0]:,} rows"):
             found = task.neighbors(*exact.search(task, k))
         if progress is not None:
             progress(task.prepared.shape[0], task.prepared.shape[0])
         return found
+    if task.proves_floats:
+        return _search_exactly(task, k, progress, kept)
     blocks, parts = task.query_blocks(k * task.ranked_bytes), task.corpus_parts()
     ranked: Any
     indices: Any
@@ -353,12 +361,9 @@ def knn(
             progress(parts[0].stop, parts[0].stop)
     else:
         ranked, indices = _search(task, blocks, parts, k, progress, kept)
-        if not task.proves_floats:
-            ranked = task.engine.to_native(ranked, ranked.dtype)
+        ranked = task.engine.to_native(ranked, ranked.dtype)
     if kept is not None:
         kept.remove()
-    if task.proves_floats:
-        return task.neighbors(distances_of(task.space, ranked), indices, exact.joined(task.certificates))
     certificate = exact.Certificate("integers", float(k)) if task.accuracy == "exact" else None
     return task.neighbors(task.engine.finish(ranked, task.space), indices, certificate)
 
@@ -597,6 +602,7 @@ class _Task:
     is_full: bool = False  # the device has no room for the whole corpus
     budget_left: int = 0
     certificates: list[tuple[exact.Certificate, float]] = field(default_factory=list)  # of what was searched in blocks
+    reach: Array | None = None  # of the nearest so far, where they are searched exactly in blocks
 
     def __post_init__(self) -> None:
         self.budget_left = self.budget
@@ -616,7 +622,8 @@ class _Task:
         """What a neighbour takes in a list that is merged."""
         if not self.proves_floats:
             return 8 + self.space.ranked.itemsize
-        return 8 + (FRACTION_BYTES if self.space.metric.unit_rows else BINARY_BYTES) * self.space.dtype.itemsize
+        # An index, how far it reaches, and the string.
+        return 16 + (FRACTION_BYTES if self.space.metric.unit_rows else BINARY_BYTES) * self.space.dtype.itemsize
 
     @property
     def n_corpus(self) -> int | None:
@@ -652,22 +659,47 @@ class _Task:
         the first part says how large a block is.
         """
         n_corpus, n_features = self.prepared.shape
-        share = self.budget // 2
         if self.is_streamed:
-            share //= 2  # a larger block gains less than a backend does by packing one for many queries
-            given, itemsize = self.prepared.rows, self.space.dtype.itemsize
-            is_view = isinstance(given, MappedStream) and self._fits(given.rows)
-            most = max(1, STREAM_BYTES // (n_features * itemsize))
-            n_corpus = min(given.n_rows or most, most)
-            # This block and the next, or the pages of a file that are in use; and what the backend makes of a block.
-            row_bytes = n_features * itemsize * (1 if is_view else 2) + self.engine.prepared_bytes(self.space)
-        elif self.is_resident or not self._crosses or interchange.on_device(self.prepared.rows):
+            step, n_bytes = self._streamed_block()
+            self.budget_left -= n_bytes
+            return [slice(0, step)]
+        if self.is_resident or not self._crosses or interchange.on_device(self.prepared.rows):
             return [slice(0, n_corpus)]
-        else:
-            row_bytes = PACKED_COPIES * n_features * self.space.dtype.itemsize
-        _, step = block_shape(1, n_corpus, budget=share, per_pair=row_bytes, max_corpus=n_corpus)
+        row_bytes = PACKED_COPIES * n_features * self.space.dtype.itemsize
+        _, step = block_shape(1, n_corpus, budget=self.budget // 2, per_pair=row_bytes, max_corpus=n_corpus)
         self.budget_left -= step * row_bytes
         return list(slices(n_corpus, step))
+
+    def _streamed_block(self) -> tuple[int, int]:
+        """Return how many rows of a streamed corpus are read together, and the bytes that it takes."""
+        given, n_bytes = self.prepared.rows, self.space.n_features * self.space.dtype.itemsize
+        # A larger share gains less than a backend does by packing a block for many queries.
+        share = self.budget // 4
+        n_rows = max(1, min(STREAM_BYTES, share) // n_bytes)
+        if given.n_rows is not None:
+            n_rows = min(given.n_rows, n_rows)
+        # This block and the next, unless they are pages of a file; and what the backend makes of a block.
+        row_bytes = (0 if self._is_view else 2 * n_bytes) + self.engine.prepared_bytes(self.space)
+        _, step = block_shape(1, n_rows, budget=share, per_pair=row_bytes, max_corpus=n_rows)
+        return step, step * row_bytes
+
+    @property
+    def _is_view(self) -> bool:
+        """Whether blocks of a streamed corpus are slices of an array, and no copies."""
+        given = self.prepared.rows
+        return isinstance(given, MappedStream) and self._fits(given.rows)
+
+    def in_one_block(self) -> "_Task":
+        """Return the task on a streamed corpus as one on an array, if it is one that a single block holds as it is."""
+        stream = self.prepared.rows
+        if not self.is_streamed or not self._is_view or self._streamed_block()[0] < stream.n_rows:
+            return self
+        _check_values(stream.rows, "corpus", self.engine, self.space.metric, self.check_finite)
+        prepared = Prepared(
+            stream.rows, self.space.metric, self.prepared.backend, self.prepared.accuracy, self.prepared.passed_over
+        )
+        budget = self.budget - stream.n_rows * self.engine.prepared_bytes(self.space)
+        return replace(self, prepared=prepared, is_resident=False, budget=budget)
 
     def _fits(self, rows: Array) -> bool:
         return rows.dtype == self.space.dtype and rows.flags.c_contiguous
@@ -831,7 +863,10 @@ class _Task:
             return self.engine.to_numpy(ranked), self.engine.to_numpy(indices)
         queries = self.queries[block]
         with clear_when_full(self.engine, f"the exact search of {len(packed):,} rows"):
-            ranked, indices, proof = exact.search_rows(self.engine, self.space, queries, packed, k, self.budget_left)
+            assert self.reach is not None
+            ranked, indices, proof = exact.search_rows(
+                self.engine, self.space, queries, packed, k, self.budget_left, self.reach[block]
+            )
         self.certificates.append((proof, len(queries) / len(self.queries)))
         return ranked, indices
 
@@ -965,6 +1000,8 @@ def _search(
     so_far = kept.resume(_job(task, k)) if kept else None
     seen = RowDigest(task.space.dtype, so_far.seen if so_far else b"") if kept else None
     shape, held, done = (len(task.queries), k), 0, 0
+    if task.proves_floats:
+        task.reach = np.full(shape, np.inf)
     ranked: Array | None = None
     indices: Array = np.empty(shape, np.int64)
     if so_far is not None:
@@ -978,7 +1015,7 @@ def _search(
         total = min(k, held + width)
         for block in blocks:
             values, columns = task.nearest(block, packed, width)
-            columns = columns + part.start
+            columns = np.where(columns == MISSING, MISSING, columns + part.start)
             if held:
                 assert ranked is not None
                 values, columns = merge_topk((ranked[block, :held], indices[block, :held]), (values, columns), k)
@@ -998,6 +1035,38 @@ def _search(
         check_k(k, done)
     assert ranked is not None
     return ranked, indices
+
+
+def _search_exactly(
+    task: _Task, k: int, progress: Callable[[int, int | None], object] | None, kept: Checkpoint | None
+) -> Neighbors:
+    """Return the exact neighbours of floats in a streamed corpus.
+
+    It is read once for as many queries as there is room for: their lists, which hold exact values, take a quarter of
+    the budget at the most.
+    """
+    n_queries, list_bytes = len(task.queries), LIST_COPIES * k * task.ranked_bytes
+    step, _ = block_shape(n_queries, 1, budget=task.budget // 4, per_pair=list_bytes, max_queries=n_queries)
+    if step < n_queries and (kept is not None or task.prepared.rows.is_once):
+        reason = "is an iterator, which can be read only once" if kept is None else "is read with a checkpoint, once"
+        raise OverBudgetError(
+            f"a quarter of the memory budget has room for the exact values of {step:,} of {n_queries:,} queries, and "
+            f"the corpus {reason}; raise memory_budget (or ${BUDGET_VARIABLE}) to some {4 * n_queries * list_bytes:,} "
+            f"bytes, or pass fewer queries at a time."
+        )
+    distances, indices = np.empty((n_queries, k), task.space.output), np.empty((n_queries, k), np.int64)
+    proofs = []
+    for group in slices(n_queries, step):
+        some = replace(task, queries=task.queries[group], certificates=[])
+        some.budget_left -= step * list_bytes
+        blocks, parts = some.query_blocks(k * task.ranked_bytes), some.corpus_parts()
+        ranked, indices[group] = _search(some, blocks, parts, k, progress, kept)
+        distances[group] = distances_of(task.space, ranked)
+        del ranked  # before there are others
+        proofs.append((exact.joined(some.certificates), len(some.queries) / n_queries))
+    if kept is not None:
+        kept.remove()
+    return task.neighbors(distances, indices, exact.joined(proofs))
 
 
 def _job(task: _Task, k: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@
 4. What float64 cannot put in order is put in order by exact arithmetic (`knnbench.exact_values`). Of equal values the
    smaller index comes first.
 
-Of a corpus in blocks, each is searched so, and gives its neighbours with their exact values, by which lists are merged.
+Of a corpus in blocks, each is searched so, and gives its neighbours with their exact values, by which lists are merged;
+but for those that are farther, for certain, than as many as are asked for of the blocks before.
 
 Bad data for a bound only ever send more queries to the slower steps.
 
@@ -36,6 +37,7 @@ from knnbench.bounds import Floats
 from knnbench.dtypes import Array
 from knnbench.exact_values import Values, degree
 from knnbench.metrics import Space
+from knnbench.ordering import MISSING
 from knnbench.threads import limited_blas
 from knnbench.underflow import gradual_underflow
 
@@ -141,9 +143,11 @@ def search(task: Task, k: int) -> tuple[Array, Array, Certificate]:
 
 
 def search_rows(
-    engine: Backend, space: Space, queries: Any, rows: Any, k: int, budget: int
+    engine: Backend, space: Space, queries: Any, rows: Any, k: int, budget: int, reach: Floats
 ) -> tuple[Array, Array, Certificate]:
     """Return exact values and indices of the k nearest of some rows of a corpus: lists that can be merged.
+
+    Rows that are certain to lie farther than so many of other blocks are left out, and their exact values not made.
 
     Parameters
     ----------
@@ -155,19 +159,35 @@ def search_rows(
     k : int
     budget : int
         Bytes.
+    reach : (n_queries, wanted) array of float64
+        How far the nearest of the blocks before reach at the most, as many as are wanted of all blocks together,
+        infinite where there were fewer; changed to those of this block too.
 
     Returns
     -------
     strings : (n_queries, k) array of bytes
         By `knnbench.exact_values.Values.strings`, which `knnbench.exact_values.distances_of` takes.
     indices : (n_queries, k) array of int64
+        `MISSING` in place of a row that is left out.
     certificate : Certificate
     """
+    limit, ends, kept = reach.max(axis=1), [], []
 
     def strings(values: Values, i: Array, j: Array, approximate: Floats) -> Array:
-        return values.strings(i, j)
+        low, high = values.ends(approximate)
+        near = ~(low > limit[i])
+        ends.append(high)
+        kept.append(near)
+        found = values.strings(i[near], j[near])
+        result = np.zeros(len(i), found.dtype)
+        result[near] = found
+        return result
 
-    return _search(_Rows(engine, space, queries, _Corpus(rows), budget), k, strings)
+    found, indices, certificate = _search(_Rows(engine, space, queries, _Corpus(rows), budget), k, strings)
+    indices[~np.concatenate(kept).reshape(indices.shape)] = MISSING
+    wanted, high = reach.shape[1], np.concatenate(ends).reshape(indices.shape)
+    reach[:] = np.partition(np.concatenate([reach, high], axis=1), wanted - 1, axis=1)[:, :wanted]
+    return found, indices, certificate
 
 
 # Takes values, queries, corpus rows and the values in float64, and gives what is answered for these pairs.

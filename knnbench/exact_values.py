@@ -129,6 +129,16 @@ class Values:
         """Return between which values the exact ones lie of which float64 has these."""
         return (values, values) if self._is_exact else interval(self._space, values)
 
+    def ends(self, values: Floats) -> tuple[Floats, Floats]:
+        """Return between which numbers the exact values lie of the rows as they were before they were scaled.
+
+        Infinite at the upper end where float64 does not tell.
+        """
+        low, high = self.interval(values)
+        with np.errstate(over="ignore", under="ignore"):
+            low, high = np.ldexp(low, self._exponent), np.nextafter(np.ldexp(high, self._exponent), np.inf)
+        return low, np.where(np.isnan(high), np.inf, high)
+
     def approximate(self, i: Array, j: Array) -> Floats:
         """Return the values of pairs in float64; NaN for rows whose length float64 cannot work with.
 
@@ -409,7 +419,8 @@ class Values:
         -------
         (n_pairs,) array of bytes
         """
-        return np.concatenate([self._strings(i[some], j[some]) for some in slices(len(i), self._pairs)])
+        found = [self._strings(i[some], j[some]) for some in slices(len(i), self._pairs)]
+        return np.concatenate(found) if found else np.empty(0, "S1")
 
     def _strings(self, i: Array, j: Array) -> Array:
         if self._space.metric.unit_rows:

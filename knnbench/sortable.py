@@ -23,6 +23,9 @@ BIAS = 1 << 14
 # A partial quotient below this is one byte; a larger one this, its length in two bytes, and its digits.
 LONG, ENDS = 0xFE, 0xFF
 
+# Bytes at odd places, where the order is the other way round.
+FLIPPED = bytes(range(0xFF, -1, -1))
+
 # Of numbers in arrays of float64: digits, in bytes, to which strings are made, and read, six at a time; and a power of
 # two so far from the ends of the range that no shift by so many digits reaches them.
 MADE, READ, HALF = 16, 12, 6
@@ -155,7 +158,8 @@ def fraction_string(numerator: int, denominator: int) -> bytes:
             string.append(term ^ flip)
         else:
             size = -(-term.bit_length() // 8)
-            string += bytes(byte ^ flip for byte in (LONG, *size.to_bytes(2, "big"), *term.to_bytes(size, "big")))
+            digits = bytes((LONG, *size.to_bytes(2, "big"), *term.to_bytes(size, "big")))
+            string += digits.translate(FLIPPED) if flip else digits
         numerator, denominator, flip = denominator, rest, flip ^ 0xFF
     string.append(ENDS ^ flip)
     return bytes(string).rstrip(b"\0")
@@ -174,10 +178,10 @@ def fraction_from(string: bytes) -> tuple[int, int]:
     while (term := string[place] ^ flip) != ENDS:
         place += 1
         if term == LONG:
-            digits = string[place:] if not flip else bytes(byte ^ 0xFF for byte in string[place:])
-            size = int.from_bytes(digits[:2], "big")
-            term = int.from_bytes(digits[2 : 2 + size], "big")
-            place += 2 + size
+            digits = string if not flip else string.translate(FLIPPED)
+            start = place + 2
+            place = start + int.from_bytes(digits[place:start], "big")
+            term = int.from_bytes(digits[start:place], "big")
         before, numerator = numerator, term * numerator + before
         below, denominator = denominator, term * denominator + below
         flip ^= 0xFF

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from knnbench import InvalidInputError, KNNClassifier, OverBudgetError, api, knn, pairwise, prepare
 from knnbench.api import as_rows, finish_ranked, search_block
 from knnbench.backends import backend_status, registry
+from knnbench.exact_values import Values
 from knnbench.ordering import merge_topk
 from knnbench.settings import held, setting
 from knnbench.streams import MappedStream, as_stream, read_ahead
@@ -114,6 +115,18 @@ def test_every_kind_of_corpus_gives_what_an_array_gives(kind, dtype, budget, rng
         assert len(calls) > 1
 
 
+@pytest.mark.parametrize("accuracy", ["fast", "exact"])
+def test_a_file_that_is_one_block_is_searched_as_an_array(accuracy, rng, tmp_path, monkeypatch):
+    queries, corpus = make(rng, "float32")
+    expected = knn(queries, corpus, K, backend="numba", accuracy=accuracy)
+    monkeypatch.setattr(api, "_search", None)
+    assert_same(knn(queries, as_memmap(corpus, tmp_path / "c.npy"), K, backend="numba", accuracy=accuracy), expected)
+    corpus[402, 3] = np.nan
+    mapped = as_memmap(corpus, tmp_path / "c.npy")
+    refused(lambda: knn(queries, mapped, K, accuracy=accuracy), "corpus row 402 holds NaN")
+    knn(queries, mapped, K, check_finite=False)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lists"])
 def test_every_kind_of_queries(kind, rng, tmp_path):
     queries, corpus = make(rng, "uint8")
@@ -185,6 +198,46 @@ def test_exact_neighbours_of_floats(kind, budget, rng, tmp_path):
     answer = knn(queries, given_corpus, K, "cosine", backend="numpy", accuracy="exact", memory_budget=budget)
     assert_same(answer, expected)
     assert answer.certificate.filter == "float32 products"
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_exact_values_are_made_of_what_may_be_nearest_only(metric, rng, monkeypatch):
+    queries, corpus = rng.random((20, 9)), rng.random((2000, 9))
+    made, strings, ends = [], Values.strings, Values.ends
+    monkeypatch.setattr(Values, "strings", lambda self, i, j: made.append(len(i)) or strings(self, i, j))
+    blocks = cut(corpus, (40,) * 50)
+    expected = knn(queries, corpus, K, metric, backend="numpy", accuracy="exact")
+    assert_same(knn(queries, blocks, K, metric, backend="numpy", accuracy="exact"), expected)
+    # Of blocks in any order, the n-th holds one n-th of what is nearest so far.
+    assert 20 * K <= sum(made) < 2 * 20 * K * sum(1 / n for n in range(1, 51))
+    # An end that is too low is noticed.
+    monkeypatch.setattr(Values, "ends", lambda self, values: (ends(self, values)[0], 0.5 * ends(self, values)[1]))
+    wrong = knn(queries, blocks, K, metric, backend="numpy", accuracy="exact")
+    assert (wrong.indices != expected.indices).any()
+
+
+def test_exact_neighbours_of_more_queries_than_there_is_room_for(rng, tmp_path, monkeypatch):
+    queries, corpus = (rows / 7 for rows in make(rng, "float64"))
+    expected = knn(queries, corpus, K, "cosine", backend="numpy", accuracy="exact")
+    many, whole = np.repeat(queries, 20, axis=0), 250_000
+    options = {"backend": "numpy", "accuracy": "exact", "memory_budget": whole}
+    calls = []
+    answer = knn(many, cut(corpus, SEVEN), K, "cosine", **options, progress=lambda done, of: calls.append(done))
+    assert_identical(answer.distances, np.repeat(expected.distances, 20, axis=0))
+    assert_identical(answer.indices, np.repeat(expected.indices, 20, axis=0))
+    assert calls.count(N_CORPUS) > 2  # it was read so often
+    assert answer.certificate.filter == expected.certificate.filter
+    reads = calls.count(N_CORPUS)
+    refused(
+        lambda: knn(many, iter(cut(corpus, SEVEN)), K, "cosine", **options),
+        "of 460 queries", "an iterator, which can be read only once", "fewer queries", error=OverBudgetError,
+    )  # fmt: skip
+    refused(
+        lambda: knn(many, corpus, K, "cosine", **options, checkpoint=tmp_path / "job"),
+        "with a checkpoint, once", "raise memory_budget", error=OverBudgetError,
+    )  # fmt: skip
+    assert not (tmp_path / "job").exists()
+    assert_same(knn(many, iter(cut(corpus, SEVEN)), K, "cosine", **options | {"memory_budget": reads * whole}), answer)
 
 
 # ---- the core: blocks in any order, any number of times
@@ -435,11 +488,13 @@ def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
-path, kind, budget, backend = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+path, kind, budget, backend, accuracy = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5]
 corpus = np.load(path, mmap_mode="r")
 rng = np.random.default_rng(0)
-queries = rng.integers(0, 256, (300, corpus.shape[1])).astype(np.float32 if kind == "float32" else corpus.dtype)
-knn(queries, corpus[:500], 10, backend=backend, memory_budget=budget)  # compiles what so many rows take
+n_queries, k, metric = (300, 10, "euclidean") if accuracy == "fast" else (2000, 25, "cosine")
+queries = rng.integers(0, 256, (n_queries, corpus.shape[1])).astype(np.float32 if kind == "float32" else corpus.dtype)
+options = {"metric": metric, "backend": backend, "accuracy": accuracy, "memory_budget": budget}
+knn(queries[:300], [corpus[:500]], k, **options)  # compiles what so many rows take
 before, peak, stop = anonymous(), 0, False
 
 import threading
@@ -451,28 +506,44 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 given = corpus if kind != "blocks" else (corpus[i : i + 500] for i in range(0, len(corpus), 500))
-answer = knn(queries, given, 10, backend=backend, memory_budget=budget)
+answer = knn(queries, given, k, **options)
 stop = True
 watcher.join()
-print(peak - before, answer.distances.nbytes + answer.indices.nbytes, corpus.nbytes, int(answer.indices.sum()))
+print(peak - before, answer.distances.nbytes + answer.indices.nbytes)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's account of anonymous memory")
+def measured(corpus, path, kind, budget, backend, accuracy):
+    """Return the bytes that a search held at the most beyond what was there before, and those of its outputs."""
+    np.save(path, corpus)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(path), kind, str(budget), backend, accuracy],
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return map(int, run.stdout.split())
+
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's account of anonymous memory")
+
+# What Python and the allocator round up to.
+ROUNDED = 2 << 20
+
+
+@LINUX
 @pytest.mark.parametrize(("kind", "backend"), [("memmap", "numba"), ("float32", "numba"), ("blocks", "numpy")])
 def test_memory_stays_within_the_budget_on_a_corpus_ten_times_as_large(kind, backend, rng, tmp_path):
     budget = 8 << 20
     corpus = rng.integers(0, 256, (10 * budget // 512, 512), dtype=np.uint8)
-    np.save(tmp_path / "c.npy", corpus)
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(tmp_path / "c.npy"), kind, str(budget), backend],
-        capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    used, outputs, size, _ = map(int, run.stdout.split())
-    assert size >= 10 * budget
-    # What Python and the allocator round up to counts as well.
-    assert used <= budget + outputs + (2 << 20), f"{used:,} bytes with a budget of {budget:,}"
+    used, outputs = measured(corpus, tmp_path / "c.npy", kind, budget, backend, "fast")
+    assert used <= budget + outputs + ROUNDED, f"{used:,} bytes with a budget of {budget:,}"
+
+
+@LINUX
+def test_exact_values_of_many_queries_stay_within_the_budget(rng, tmp_path):
+    budget = 1 << 20  # they would take ten times as much
+    used, outputs = measured(rng.random((1200, 32)), tmp_path / "c.npy", "memmap", budget, "numba", "exact")
+    assert used <= budget + outputs + ROUNDED, f"{used:,} bytes with a budget of {budget:,}"
 
 
 # ---- settings that a job holds
