@@ -152,7 +152,7 @@ def on_dask(rounds: int, n_queries: int) -> None:
             print(
                 f"  {workers} worker{'s' * (workers - 1)}: {seconds['dask']:.2f} s; one process of "
                 f"{thread_count()} threads {seconds['process']:.2f} s, ratio "
-                f"{seconds['dask'] / seconds['process']:.3f}; planned {found.seconds - found.start_s:.2f} s "
+                f"{seconds['dask'] / seconds['process']:.3f}; planned {found.search_s:.2f} s "
                 f"({low:.2f} to {high:.2f}, {found.source}, {found.n_shards} shards, network {rate / 1e9:.2f} GB/s)"
             )
 
