@@ -345,8 +345,11 @@ def _merge(best: _Selected, indices: Array, approximate: Floats, floor: Floats, 
     """Take the candidates of one part of the corpus to those of the parts before it."""
     indices = np.concatenate([best.indices, indices], axis=1)
     approximate = np.concatenate([best.values, approximate], axis=1)
-    order = np.lexsort((indices, approximate))
-    indices, approximate = np.take_along_axis(indices, order, axis=1), np.take_along_axis(approximate, order, axis=1)
+    # Most are in order already where there is one part: only what the backend rounded is not.
+    rows = np.nonzero(~(approximate[:, 1:] > approximate[:, :-1]).all(axis=1))[0]
+    order = np.lexsort((indices[rows], approximate[rows]))
+    for array in (indices, approximate):
+        array[rows] = np.take_along_axis(array[rows], order, axis=1)
     best.floor = np.minimum(best.floor, floor)
     if indices.shape[1] > count:  # what is dropped here was left out as well
         best.floor = np.minimum(best.floor, values.interval(approximate[:, count:])[0].min(axis=1))

@@ -147,14 +147,14 @@ class Values:
         i, j : (n_pairs,) arrays of int64
             Queries and corpus rows.
         """
-        from knnbench.kernels.cpu_exact import wide_kernels
+        from knnbench.kernels.cpu_exact import wide_kernels, workspace
 
         kernel, result = wide_kernels(self._space).pairs, np.empty(len(i))
         for some in slices(len(i), self._piece(len(i))):
             queries, rows = self._queries.at(i[some])
             corpus, columns = self._corpus.at(j[some])
             scales, found = (self._scales(queries, rows), self._scales(corpus, columns)), result[some]
-            self._run(kernel, len(rows), (queries, corpus, rows, columns, *scales), (found,))
+            self._run(kernel, len(rows), (queries, corpus, rows, columns, *scales), (found,), room=workspace)
             found[(scales[0] == 0) | (scales[1] == 0)] = np.nan
         return result
 
@@ -172,7 +172,7 @@ class Values:
         known : (n,) array of float64
             Values by `approximate` that at least k rows do not exceed; NaN where none is known.
         """
-        from knnbench.kernels.cpu_exact import wide_kernels
+        from knnbench.kernels.cpu_exact import wide_kernels, workspace
 
         self._look(len(i))
         kernel, n_queries = wide_kernels(self._space).block, len(i)
@@ -186,7 +186,7 @@ class Values:
         for part in slices(len(self._corpus), step):
             corpus, width = self._corpus.part(part), part.stop - part.start
             of_corpus, values = self._scales(corpus, np.arange(width)), np.empty((n_queries, width))
-            self._run(kernel, width, (queries, corpus, of_corpus), (values,), pairs=n_queries)
+            self._run(kernel, width, (queries, corpus, of_corpus), (values,), pairs=n_queries, room=workspace)
             values[:, of_corpus == 0] = np.nan
             values[scales == 0] = np.nan
             for q in range(n_queries):
@@ -490,15 +490,25 @@ class Values:
         return max(1, min(r.piece if r.piece < len(r) else max(1, n_pairs) for r in rows))
 
     def _run(
-        self, kernel: Callable[..., Any], n: int, given: tuple[Any, ...], out: tuple[Any, ...], *, pairs: int = 1
+        self,
+        kernel: Callable[..., Any],
+        n: int,
+        given: tuple[Any, ...],
+        out: tuple[Any, ...],
+        *,
+        pairs: int = 1,
+        room: Callable[[int], tuple[Array, ...]] | None = None,
     ) -> None:
-        """Run a kernel on n pieces of work, on all threads."""
+        """Run a kernel on n pieces of work, on all threads; `room` gives what each piece works in."""
         each = pairs * self._space.n_features
         parts = slices(n, max(1, TASK_ELEMENTS // each))
         threads = thread_count() if n * each >= SMALL else 1
-        run_tasks(
-            lambda part: kernel(*given, part.start, part.stop, *out), parts if threads > 1 else [slice(0, n)], threads
-        )
+
+        def task(part: slice) -> None:
+            work = room(self._space.n_features) if room else ()
+            kernel(*given, *work, part.start, part.stop, *out)
+
+        run_tasks(task, parts if threads > 1 else [slice(0, n)], threads)
 
 
 class Cosine:

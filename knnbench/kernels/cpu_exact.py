@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
+from knnbench.dtypes import Array
 from knnbench.kernels.compilation import compile_cached
 from knnbench.kernels.cpu_loops import row_values
 from knnbench.kernels.cpu_simd import Vectors, cpu_features, simd_level
@@ -26,7 +27,7 @@ from knnbench.kernels.cpu_tiles import plan_of
 from knnbench.kernels.expansions import two_product, two_sum
 from knnbench.metrics import Space, add_absolute, add_product, add_square, keep_largest
 
-__all__ = ["WideKernels", "equal_rows", "expansion_kernel", "squared_norms", "wide_kernels"]
+__all__ = ["WideKernels", "equal_rows", "expansion_kernel", "squared_norms", "wide_kernels", "workspace"]
 
 # Corpus rows that a query meets at once: in float64 they stay in the first-level cache.
 ROWS = 4
@@ -42,16 +43,21 @@ class WideKernels(NamedTuple):
     Attributes
     ----------
     pairs : callable
-        ``(queries, corpus, i, j, query_scales, corpus_scales, start, stop, out)`` fills ``out[start:stop]`` with the
-        values of rows ``queries[i] * query_scales`` and ``corpus[j] * corpus_scales``; all but the rows are arrays of a
-        number a pair.
+        ``(queries, corpus, i, j, query_scales, corpus_scales, *workspace, start, stop, out)`` fills
+        ``out[start:stop]`` with the values of rows ``queries[i] * query_scales`` and ``corpus[j] * corpus_scales``; all
+        but the rows are arrays of a number a pair.
     block : callable
-        ``(queries, corpus, scales, start, stop, out)`` fills ``out[:, start:stop]`` with the values of all queries,
-        which are float64, and corpus rows ``corpus[j] * scales[j]``.
+        ``(queries, corpus, scales, *workspace, start, stop, out)`` fills ``out[:, start:stop]`` with the values of all
+        queries, which are float64, and corpus rows ``corpus[j] * scales[j]``.
     """
 
     pairs: Callable[..., None]
     block: Callable[..., None]
+
+
+def workspace(n_features: int) -> tuple[Array, Array, Array]:
+    """Return what a thread holds for `WideKernels`: a query and some corpus rows in float64, and their values."""
+    return np.empty((1, n_features)), np.zeros((ROWS, n_features)), np.empty(ROWS)
 
 
 def wide_kernels(space: Space) -> WideKernels:
@@ -71,21 +77,21 @@ def _wide_kernels(accumulate_scalar: Callable[..., Any], vectors: Vectors) -> Wi
             out[r, f] = np.float64(rows[i, f]) * scale
 
     @register_jitable
-    def values(one: Any, i: Any, others: Any, out: Any) -> None:
-        """Fill `out` with the values of a row and all others."""
+    def values(one: Any, i: Any, others: Any, count: Any, out: Any) -> None:
+        """Fill `out` with the values of a row and the first others."""
         n_features = one.shape[1]
         if n_features >= least_features:
-            if len(others) == ROWS:
-                row_values(name, ROWS, one, i, others, 0, n_features, out)
-            else:
+            if count == 1:
                 row_values(name, 1, one, i, others, 0, n_features, out)
+            else:
+                row_values(name, ROWS, one, i, others, 0, n_features, out)
             return
-        for r in range(len(others)):
+        for r in range(count):
             out[r] = 0.0
             for f in range(n_features):
                 out[r] = accumulate(out[r], one[i, f], others[r, f])
 
-    @compile_cached(allocates=True, nogil=True, error_model="numpy")
+    @compile_cached(nogil=True, error_model="numpy")
     def pairs(
         queries: Any,
         corpus: Any,
@@ -93,27 +99,30 @@ def _wide_kernels(accumulate_scalar: Callable[..., Any], vectors: Vectors) -> Wi
         j: Any,
         query_scales: Any,
         corpus_scales: Any,
+        query: Any,
+        rows: Any,
+        found: Any,
         start: Any,
         stop: Any,
         out: Any,
     ) -> None:
-        query, row, value = np.empty((1, queries.shape[1])), np.empty((1, queries.shape[1])), np.empty(1)
         for p in range(start, stop):
             if p == start or i[p] != i[p - 1]:
                 widen(queries, i[p], query_scales[p], query, 0)
-            widen(corpus, j[p], corpus_scales[p], row, 0)
-            values(query, 0, row, value)
-            out[p] = value[0]
+            widen(corpus, j[p], corpus_scales[p], rows, 0)
+            values(query, 0, rows, 1, found)
+            out[p] = found[0]
 
-    @compile_cached(allocates=True, nogil=True, error_model="numpy")
-    def block(queries: Any, corpus: Any, scales: Any, start: Any, stop: Any, out: Any) -> None:
-        rows, found = np.zeros((ROWS, queries.shape[1])), np.empty(ROWS)
+    @compile_cached(nogil=True, error_model="numpy")
+    def block(
+        queries: Any, corpus: Any, scales: Any, query: Any, rows: Any, found: Any, start: Any, stop: Any, out: Any
+    ) -> None:
         for j in range(start, stop, ROWS):
             count = min(ROWS, stop - j)
             for r in range(count):
                 widen(corpus, j + r, scales[j + r], rows, r)
             for i in range(len(queries)):
-                values(queries, i, rows, found)
+                values(queries, i, rows, count, found)
                 for r in range(count):
                     out[i, j + r] = found[r]
 
