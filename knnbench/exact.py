@@ -43,10 +43,6 @@ from knnbench.underflow import gradual_underflow
 
 __all__ = ["Certificate", "joined", "search", "search_rows"]
 
-# Candidates beyond k, and for so many of k one more. On ordinary data the last of them lies farther from the k-th than
-# any bound; the queries for which it does not are searched again.
-SPARE, SPARE_SHARE = 8, 8
-
 # Bytes held for a candidate: index and value, and both once more while they are sorted.
 CANDIDATE_BYTES = 120
 
@@ -203,7 +199,7 @@ def _search(task: Task, k: int, answer: Answer) -> tuple[Array, Array, Certifica
 
 def _nearest(task: Task, k: int, answer: Answer, *, trusts_filter: bool) -> tuple[Array, Array, Certificate]:
     n_queries, n_corpus = len(task.queries), task.prepared.shape[0]
-    count = min(k + SPARE + k // SPARE_SHARE, n_corpus)
+    count = min(k + task.engine.spare(k, task.space), n_corpus)
     blocks, parts = task.query_blocks(16 * count), task.corpus_parts()
     task, exponent = _in_range(task)
     share = task.budget_left // 4

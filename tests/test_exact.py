@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from knnbench import METRICS, KNNClassifier, bounds, exact, fastest_backend, knn, prepare, underflow
 from knnbench.api import Neighbors, finish_ranked, search_block
-from knnbench.backends import get_backend
+from knnbench.backends import base, get_backend
 from knnbench.backends.base import Candidates
 from knnbench.errors import InvalidInputError, OverBudgetError, UnsupportedError
 from knnbench.exact_values import Values, whole_values
@@ -246,7 +246,7 @@ def test_the_certificate_tells_how_an_answer_was_proved(rng):
     distances, indices = found
     certificate = found.certificate
     assert (distances.shape, indices.shape) == ((20, 3), (20, 3))
-    assert certificate == exact.Certificate("float32 products", 3 + exact.SPARE, certificate.bound)
+    assert certificate == exact.Certificate("float32 products", 3 + base.SPARE, certificate.bound)
     assert 0 < certificate.bound < 1e-3
     copy = pickle.loads(pickle.dumps(found))
     assert copy.certificate == certificate

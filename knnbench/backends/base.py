@@ -1,9 +1,9 @@
 """What a backend is: the abstract classes that every backend implements.
 
 A class here is abstract or final: a backend implements what is abstract and overrides nothing, except
-that one with a better `Backend.linear_loss` or `Backend.candidates` may bring its own, and that one may tell more of
-itself for measuring: `Backend.operations`, `Backend.stopwatch`, `Backend.device_peak`; or for sharing work:
-`Backend.prepare_about`, `Backend.prepared_bytes`, `Backend.levels`; or of its device: `Backend.uploader`,
+that one with a better `Backend.linear_loss` or `Backend.candidates` may bring its own, with `Backend.spare`, and that
+one may tell more of itself for measuring: `Backend.operations`, `Backend.stopwatch`, `Backend.device_peak`; or for
+sharing work: `Backend.prepare_about`, `Backend.prepared_bytes`, `Backend.levels`; or of its device: `Backend.uploader`,
 `Backend.ran_out`. Which backends exist, and whether they work here, is the business of `knnbench.backends`.
 """
 
@@ -42,6 +42,9 @@ __all__ = [
 
 # The array type of a backend's own library.
 Native = Any
+
+# What a proof asks for beyond k neighbours: so many candidates, and one for each so many of k.
+SPARE, SPARE_SHARE = 8, 8
 
 # What adds differences of four bytes at once on CUDA, by the scalar function of a metric.
 BYTE_SUMS: dict[Callable[..., Any], str] = {add_absolute: "cuda-sad-uint8"}
@@ -211,6 +214,14 @@ class Backend(ABC):
             total order. A peer without the total order may give any monotone float equivalent.
         indices : (n_queries, k) native array of int64
         """
+
+    def spare(self, k: int, space: Space) -> int:
+        """Return how many candidates more than k to ask `candidates` for, so that most queries are proved by them.
+
+        On ordinary data the last of them lies farther from the k-th than any bound; the queries for which it does not
+        are searched again. The more neighbours there are, the closer do they lie to each other.
+        """
+        return SPARE + k // SPARE_SHARE
 
     def candidates(self, queries: Native, prepared: Any, count: int, space: Space, budget: int) -> Candidates:
         """Return the `count` rows that are nearest by fast arithmetic on floats, and what that proves of all others.

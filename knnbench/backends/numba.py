@@ -181,6 +181,10 @@ class NumbaBackend(HostBackend):
         """Return the k nearest."""
         return self._search(queries, prepared, k, space, budget, tile_kernels(space))[:2]
 
+    def spare(self, k: int, space: Space) -> int:
+        """Return one for largest differences, which are ranked by float64: the next is farther, or ties exactly."""
+        return 1 if space.form.reduce is max else super().spare(k, space)
+
     def candidates(self, queries: Native, prepared: TileCorpus, count: int, space: Space, budget: int) -> Candidates:
         """Return what `knn` proves, and for largest differences the nearest of exact arithmetic, as the kernels rank
         them."""

@@ -141,8 +141,8 @@ ALIGNMENT = 64
 # Queries that a corpus row meets at once where rows are compared as they lie.
 ROWS = 8
 
-# Features kept for each query that left out a row, which leave out most others too: of MNIST's ties, all but one in
-# fifteen.
+# The last features that left out a row, kept for each query, which leave out most others too: of MNIST's ties, all but
+# one in thirty.
 WITNESSES = 8
 
 
@@ -679,28 +679,30 @@ def _compiled(
         return best, is_exact_value, place
 
     @register_jitable
+    def is_farther(packed: Any, query: Any, panel: Any, r: Any, most: Any, witnesses: Any, first: Any) -> Any:
+        """Return whether one of a query's witnesses shows that a pair's largest difference is not below `most`."""
+        found = 0
+        for s in range(WITNESSES):  # all of them: which one it will be, no processor would guess
+            f = np.uint64(witnesses[first + s])  # unsigned: numba does not ask whether it counts from the end
+            a, b = packed[query + f * np.uint64(height)], panel[r + f * np.uint64(width)]
+            value, rest = two_sum(np.float64(a), -np.float64(b))
+            found |= (abs(value) > most) | ((abs(value) == most) & (rest == 0))
+        return found != 0
+
+    @register_jitable
     def exact_value(
-        queries: Any, i: Any, corpus: Any, j: Any, panel: Any, r: Any, acc: Any, most: Any, witnesses: Any, sums: Any
+        queries: Any, i: Any, corpus: Any, j: Any, acc: Any, most: Any, witnesses: Any, first: Any, sums: Any
     ) -> Any:
-        """Return the largest difference of a pair in float64, or `most` if it is not below that, and tell in `sums` if
+        """Return the largest difference of a pair in float64, or one that is not below `most`, and tell in `sums` if
         rounding may decide which it is."""
-        first, place, value, at = i * WITNESSES, WITNESSES, most, np.int64(0)
-        for s in range(WITNESSES):
-            f = witnesses[first + s]
-            difference, rest = two_sum(np.float64(queries[i, f]), -np.float64(panel[f * width + r]))
-            if abs(difference) > most or (abs(difference) == most and rest == 0):
-                place, at = s, f
-                break
-        if place == WITNESSES:
-            value, is_exact_value, at = largest_difference(queries, i, corpus, j, acc, most)
-            if not is_exact_value and value <= most:
-                sums[i] = 1
-            if value < most:
-                return value
-        for s in range(min(place, WITNESSES - 1), 0, -1):
-            witnesses[first + s] = witnesses[first + s - 1]
-        witnesses[first] = at
-        return most
+        value, is_exact_value, at = largest_difference(queries, i, corpus, j, acc, most)
+        if not is_exact_value and value <= most:
+            sums[i] = 1
+        if not value < most:
+            for s in range(WITNESSES - 1, 0, -1):
+                witnesses[first + s] = witnesses[first + s - 1]
+            witnesses[first] = at
+        return value
 
     @register_jitable
     def limit(largest: Any, query_norm: Any, total: Any, error: Any, lost: Any) -> Any:
@@ -770,10 +772,13 @@ def _compiled(
                         left &= left - 1
                         acc, seen = out[t * width + r], begin + r - first
                         if is_exact:
-                            most = values[i + t, kth] if seen >= filled else np.inf
-                            value = exact_value(
-                                queries, i + t, corpus, begin + r, panel, r, acc, most, witnesses, sums
-                            )  # fmt: skip
+                            most, mine = values[i + t, kth] if seen >= filled else np.inf, (i + t) * WITNESSES
+                            query = np.uint64(i * n_groups + t)
+                            if is_farther(packed, query, panel, np.uint64(r), most, witnesses, mine):
+                                continue
+                            value = exact_value(queries, i + t, corpus, begin + r, acc, most, witnesses, mine, sums)
+                            if seen >= filled and not value < most:
+                                continue
                         elif is_filtered:
                             value = key_of(acc, column[r])
                         else:
