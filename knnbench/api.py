@@ -973,8 +973,9 @@ def _prepared(
     if backend == "auto":
         op, data_on = "knn" if k else "pairwise", "device" if on_device else "host"
         n_rows = n_rows or USUAL_CORPUS
-        problem = Problem(op, n_queries, n_rows, n_features, min(k, n_rows), metric.name, space.dtype.name, data_on)
-        backend, passed_over = selection.choose(problem, accuracy)
+        backend, passed_over = selection.choose(
+            Problem(op, n_queries, n_rows, n_features, min(k, n_rows), metric.name, dtype.name, data_on, accuracy)
+        )
     engine = get_backend(backend)
     _check_supported(backend, engine, space, accuracy)
     if not isinstance(rows, Stream):  # whose blocks are looked through as they come

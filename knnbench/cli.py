@@ -494,5 +494,5 @@ def _show(records: list[Record], plan: Plan) -> None:
 
 def _fastest() -> str:
     """Return the backend that ``backend="auto"`` takes for MNIST."""
-    name, _ = choose(Problem("knn", 10_000, 60_000, 784, 3, "cityblock", "uint8"), "exact")
+    name, _ = choose(Problem("knn", 10_000, 60_000, 784, 3, "cityblock", "uint8", accuracy="exact"))
     return name

@@ -183,12 +183,12 @@ def show() -> None:
     """Show what is known of each backend on each kind of computation."""
     known = wisdom()
     table = Table(title=f"wisdom in {wisdom_path()}", title_justify="left", title_style="bold")
-    for heading in ("backend", "op", "metric", "dtype", "data on", "from", "error, adversarial"):
+    for heading in ("backend", "op", "metric", "dtype", "data on", "accuracy", "from", "error, adversarial"):
         table.add_column(heading)
-    for backend, op, metric, dtype, data_on in known.groups:
+    for group in known.groups:
+        backend, _, metric, dtype, *_ = group
         error = known.error(backend, metric, dtype)
-        source = known.source((backend, op, metric, dtype, data_on))
-        table.add_row(backend, op, metric, dtype, data_on, source, f"{error['adversarial']:.1e}" if error else "")
+        table.add_row(*group, known.source(group), f"{error['adversarial']:.1e}" if error else "")
     out.print(table)
 
 

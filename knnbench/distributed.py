@@ -152,8 +152,8 @@ def fastest_here(
     >>> fastest_here(10, 100, 4, 1, "cityblock", "uint8", "exact") in ("numba", "numpy")
     True
     """
-    problem = Problem("knn", n_queries, n_corpus, n_features, min(k, n_corpus), metric, dtype)
-    name, _ = selection.choose(problem, accuracy)
+    problem = Problem("knn", n_queries, n_corpus, n_features, min(k, n_corpus), metric, dtype, accuracy=accuracy)
+    name, _ = selection.choose(problem)
     if any(find_spec(module) for module in ("cupy", "numba_cuda")):
         on_gpu = [other for other in CANDIDATES["device"] if backend_status(other).ok]
         costs = {other: wisdom().costs((other, *problem.group)) for other in (name, *on_gpu)}
@@ -435,8 +435,9 @@ def _job(
     if backend == "auto" and job.is_pinned:
         rows = max(corpus.chunks[0]), min(QUERY_ROWS, queries.shape[0])
         data_on = "device" if interchange.on_device(corpus._meta) else "host"
-        problem = Problem("knn", rows[1], rows[0], space.n_features, min(k, rows[0]), name, dtype.name, data_on)
-        backend, _ = selection.choose(problem, accuracy)
+        backend, _ = selection.choose(
+            Problem("knn", rows[1], rows[0], space.n_features, min(k, rows[0]), name, dtype.name, data_on, accuracy)
+        )
     if backend != "auto":
         capabilities = get_backend(backend).capabilities
         lacking = selection.lacks(capabilities, space, accuracy)

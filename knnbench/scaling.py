@@ -190,11 +190,14 @@ def plan(
     k = check_k(check_count("k", k), n_corpus)
     if not network_rate > 0:
         raise InvalidInputError(f"network_rate is {network_rate!r}; expected bytes a second, above 0.")
-    problem = Problem("knn", n_queries, n_corpus, n_features, k, get_metric(metric).name, computed_dtype(dtype).name)
+    problem = Problem(
+        "knn", n_queries, n_corpus, n_features, k, get_metric(metric).name, computed_dtype(dtype).name,
+        accuracy=check_accuracy(accuracy),
+    )  # fmt: skip
     if backend == "auto":
         usual = min(n_corpus, USUAL_CORPUS)
         task = replace(problem, n_queries=min(n_queries, QUERY_ROWS), n_corpus=usual, k=min(k, usual))
-        backend, _ = choose(task, check_accuracy(accuracy))
+        backend, _ = choose(task)
     costs = wisdom().costs((backend, *problem.group))
     if "call" not in costs:
         raise UnsupportedError(

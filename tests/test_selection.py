@@ -20,7 +20,7 @@ from knnbench.cli import app
 from knnbench.selection import auto, measurement, regret, wisdom
 from knnbench.selection.calibration import QUICK, RANGES, Level, calibrate, shapes
 from knnbench.selection.candidates import Constraints, errors_of, sieve
-from knnbench.selection.costs import Cost, fit_terms, forecast, rate_of
+from knnbench.selection.costs import Cost, fit_terms, forecast, rates_of
 from knnbench.selection.problem import Problem
 from knnbench.selection.regret import Outcome, outcomes, problems, summaries
 from knnbench.selection.wisdom import Sample, Wisdom, backend_version, wisdom_path
@@ -43,7 +43,7 @@ class Clock:
 class Planted(NumpyBackend):
     """Takes a pair and feature's worth of planted time, and more when it is first called."""
 
-    rate, first = 1e-8, 0.0
+    rate, first, proof = 1e-8, 0.0, 0.0
 
     def spend(self, queries, prepared, space):
         n_pairs = len(queries) * len(prepared.rows)
@@ -56,6 +56,11 @@ class Planted(NumpyBackend):
             return np.zeros((len(queries), k), space.ranked), np.zeros((len(queries), k), np.int64)
         return super().knn(queries, prepared, k, space, budget)
 
+    def candidates(self, queries, prepared, count, space, budget):
+        self.spend(queries, prepared, space)
+        Clock.now += self.proof * len(queries) * count
+        return super().candidates(queries, prepared, count, space, budget)
+
     def pairwise(self, queries, prepared, space, budget):
         if self.spend(queries, prepared, space):
             return np.zeros((len(queries), 1), space.output)
@@ -64,6 +69,12 @@ class Planted(NumpyBackend):
 
 class Steady(Planted):
     rate = 2e-8
+
+
+class Doubtful(Planted):
+    """Half the time, and as much again for each candidate of an exact search as for 3,000 features of a pair."""
+
+    rate, proof = 5e-9, 3e-5
 
 
 class Starter(Planted):
@@ -133,7 +144,7 @@ def plant(monkeypatch):
         ]
         monkeypatch.setattr(
             importlib.metadata, "entry_points",
-            lambda group: importlib.metadata.EntryPoints(points if group == ENTRY_POINTS else ()),
+            lambda group="": importlib.metadata.EntryPoints(points if group == ENTRY_POINTS else ()),
         )  # fmt: skip
         forget()
         return list(classes)
@@ -145,12 +156,19 @@ def choose(candidates, **options):
     return fastest_backend(**(SHAPE | options), candidates=candidates, clock=Clock())
 
 
-def samples_of(backend, rate, n=20, overhead=1e-5, op="knn", metric="euclidean", dtype="float32"):
-    """Return samples of a backend that takes an overhead and so much for a feature of a pair."""
+def proof_of(problem):
+    """Return the seconds that a proof takes."""
+    return 2e-3 + problem.n_queries * (problem.k + 8) * (1e-6 + 2e-8 * problem.n_features)
+
+
+def samples_of(
+    backend, rate, n=20, overhead=1e-5, op="knn", metric="euclidean", dtype="float32", accuracy="fast"
+):  # fmt: skip
+    """Return samples of a backend that takes an overhead and so much for a feature of a pair, and for a proof."""
     found = []
     for size in shapes(op, n, seed=5):
-        problem = Problem(op, *size, metric, dtype)
-        call = overhead + rate * problem.work
+        problem = Problem(op, *size, metric, dtype, accuracy=accuracy)
+        call = overhead + rate * problem.work + (proof_of(problem) if problem.is_proved else 0)
         seconds = {"call": call, "prepare": overhead, "prepared": call}
         found.append(Sample(backend, backend_version(backend), problem, seconds))
     return found
@@ -168,6 +186,20 @@ def test_the_fastest_by_measurement_is_chosen(plant):
     assert "measured now" in choice.provenance["quick"]
     low, high = choice.intervals["quick"]
     assert low < choice.seconds["quick"] < high
+
+
+def test_the_time_of_a_proof_decides_where_one_is_asked_for(plant):
+    names = plant(quick=Planted, doubtful=Doubtful)
+    level = Level(seconds=50.0, n_shapes=8, sample_s=1e-4, longest_s=0.02, most_work=1e8)
+    for _ in calibrate(level, names, clock=Clock()):
+        pass
+    for effort in ("estimate", "measure"):
+        assert choose(names, effort=effort).backend == "doubtful"
+        choice = choose(names, effort=effort, accuracy="exact")
+        assert choice.backend == "quick"
+        work, candidates = PROBLEM.work, PROBLEM.n_queries * (PROBLEM.k + 8)
+        assert choice.seconds["doubtful"] == pytest.approx(5e-9 * work + 3e-5 * candidates, rel=0.2)
+        assert choice.seconds["quick"] == pytest.approx(1e-8 * work, rel=0.2)
 
 
 def test_a_fast_liar_is_never_chosen(plant):
@@ -325,7 +357,7 @@ def test_small_shapes_do_not_make_large_ones_look_free():
     large = replace(asked[0], n_queries=10_000, n_corpus=10_000, n_features=1000)
     best_rate = asked[-1].work / 1e-4
     terms = fit_terms("call", asked, seconds)
-    rate = rate_of("call", asked[0])
+    (rate,) = rates_of("call", asked[0])
     assert terms[rate] * large.work == pytest.approx(large.work / best_rate / 4)
     assert fit_terms("call", asked[-2:], seconds[-2:])[rate] == pytest.approx(1 / best_rate)
 
@@ -347,6 +379,24 @@ def test_one_kind_of_computation_tells_of_another():
     assert 1.2 < near.predict(other).seconds / alone.predict(other).seconds < 1.8
 
 
+def test_a_proof_costs_what_it_took():
+    fast, exact = (samples_of("numpy", 3e-10, overhead=2e-4, accuracy=accuracy) for accuracy in ("fast", "exact"))
+    asked = [Problem("knn", *size, "euclidean", "float32", accuracy="exact") for size in shapes("knn", 30, seed=77)]
+
+    def costs(samples):
+        known, seconds = [s.problem for s in samples], np.array([s.seconds["call"] for s in samples])
+        return Cost("call", fit_terms("call", known, seconds), known, seconds)
+
+    with_exact, without = costs(fast + exact[::2]), costs(fast)
+    for problem in asked:
+        search = 2e-4 + 3e-10 * problem.work
+        assert with_exact.predict(problem).seconds == pytest.approx(search + proof_of(problem), rel=0.15)
+        assert with_exact.predict(replace(problem, accuracy="fast")).seconds == pytest.approx(search, rel=0.15)
+    assert with_exact.knows(asked[0])
+    assert not without.knows(asked[0])
+    assert not with_exact.knows(replace(asked[0], dtype="float64"))
+
+
 def test_predictions_are_sure_only_near_what_was_measured():
     samples = samples_of("numpy", 3e-10)
     asked, seconds = [s.problem for s in samples], np.array([s.seconds["call"] for s in samples])
@@ -357,7 +407,8 @@ def test_predictions_are_sure_only_near_what_was_measured():
 
 def test_a_corpus_is_prepared_where_that_pays():
     def constant(quantity, seconds):
-        return Cost(quantity, {"call": seconds, rate_of(quantity, PROBLEM): 0.0}, [PROBLEM], np.array([seconds]))
+        rates = dict.fromkeys(rates_of(quantity, PROBLEM), 0.0)
+        return Cost(quantity, {"call": seconds, **rates}, [PROBLEM], np.array([seconds]))
 
     costs = {"call": constant("call", 2.0), "prepare": constant("prepare", 10.0), "prepared": constant("prepared", 1.0)}
     assert forecast(costs, PROBLEM, 0.0).of(1).seconds == pytest.approx(2)
@@ -379,6 +430,27 @@ def test_wisdom_is_kept_between_processes(plant):
     assert again.error("quick", "euclidean", "float32")["adversarial"] == 1e-8
     assert set(again.own.fits) == {("quick", "knn", "host")}
     assert again.source(group) == "20 measurements here, 20 of its backend"
+
+
+def test_what_was_measured_before_searches_were_told_apart_was_fast(plant):
+    plant(quick=Planted)
+    (sample,) = samples_of("quick", 1e-8, n=1)
+    line = sample.to_dict()
+    del line["accuracy"]
+    assert Sample.from_dict(line) == sample
+
+
+def test_exact_searches_that_were_never_measured_are_taken_for_fast_ones(plant):
+    plant(quick=Planted)
+    wisdom.wisdom().add(samples_of("quick", 1e-8))
+    exact = replace(PROBLEM, accuracy="exact")
+    fast, found = (wisdom.wisdom().costs(("quick", *problem.group))["call"] for problem in (PROBLEM, exact))
+    assert found.predict(exact).seconds == pytest.approx(fast.predict(PROBLEM).seconds, rel=0.2)
+    assert wisdom.wisdom().source(("quick", *exact.group)).endswith("of fast searches")
+    wisdom.wisdom().add(samples_of("quick", 1e-8, accuracy="exact"))
+    found = wisdom.wisdom().costs(("quick", *exact.group))["call"]
+    expected = 1e-5 + 1e-8 * PROBLEM.work + proof_of(exact)
+    assert found.predict(exact).seconds == pytest.approx(expected, rel=0.2)
 
 
 def test_the_last_of_equal_samples_counts(plant):
@@ -467,7 +539,7 @@ def test_defaults_serve_before_anything_was_measured():
     assert known.shipped_on
     for name in ("numpy", "numba", "sklearn", "faiss", "torch"):
         for metric in ("euclidean", "cityblock"):
-            group = (name, "knn", metric, "float32", "host")
+            group = (name, "knn", metric, "float32", "host", "fast")
             assert known.costs(group)["call"].predict(PROBLEM).seconds > 0
             assert known.source(group).startswith("defaults from")
 
@@ -550,21 +622,21 @@ def test_auto_follows_what_was_measured():
     for fast, slow in (("numba", "numpy"), ("numpy", "numba")):
         wisdom.wisdom().add(samples_of(fast, 1e-10, overhead=1e-6) + samples_of(slow, 1e-7, overhead=1e-3))
         auto.forget_choices()
-        assert auto.choose(PROBLEM, "fast") == (fast, {})
+        assert auto.choose(PROBLEM) == (fast, {})
     assert knnbench.knn(rows, rows, 3).backend == "numpy"
 
 
 def test_auto_decides_once_for_a_class_of_shapes(monkeypatch):
     problem = replace(PROBLEM, n_queries=100)
-    first = auto.choose(problem, "fast")
+    first = auto.choose(problem)
     monkeypatch.setattr(auto, "_choose", lambda *_: pytest.fail("decided again"))
-    assert auto.choose(replace(problem, n_queries=101), "fast") == first
+    assert auto.choose(replace(problem, n_queries=101)) == first
 
 
 def test_auto_loads_nothing_that_the_program_did_not(monkeypatch):
     monkeypatch.delitem(__import__("sys").modules, "torch", raising=False)
     wisdom.wisdom().add(samples_of("torch", 1e-13, overhead=1e-9))
-    assert auto.choose(PROBLEM, "fast")[0] in ("numba", "numpy")
+    assert auto.choose(PROBLEM)[0] in ("numba", "numpy")
 
 
 # ---- The command line
@@ -599,9 +671,10 @@ def test_data_on_a_device_need_a_backend_there():
 
 
 def test_exactness_is_asked_before_speed():
-    able, reasons = sieve(["scipy", "numpy"], replace(PROBLEM, dtype="uint8"), Constraints("exact", None, 1 << 30))
+    exact = replace(PROBLEM, accuracy="exact")
+    able, reasons = sieve(["scipy", "numpy"], replace(exact, dtype="uint8"), Constraints(None, 1 << 30))
     assert able == ["numpy"]
     assert "lacks accuracy='exact'" in reasons["scipy"]
-    able, reasons = sieve(["scipy", "numpy"], PROBLEM, Constraints("exact", 1e-6, 1 << 30))
+    able, reasons = sieve(["scipy", "numpy"], exact, Constraints(1e-6, 1 << 30))
     assert able == ["numpy"]
     assert "lacks accuracy='exact' for float32" in reasons["scipy"]

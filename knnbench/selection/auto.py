@@ -28,13 +28,12 @@ GAIN = 1.5
 _chosen: dict[tuple[object, ...], tuple[str, dict[str, str]]] = {}
 
 
-def choose(problem: Problem, accuracy: str) -> tuple[str, dict[str, str]]:
+def choose(problem: Problem) -> tuple[str, dict[str, str]]:
     """Choose an own backend by estimate.
 
     Parameters
     ----------
     problem : Problem
-    accuracy : {"fast", "exact"}
 
     Returns
     -------
@@ -49,9 +48,9 @@ def choose(problem: Problem, accuracy: str) -> tuple[str, dict[str, str]]:
     """
     names = [name for name, module in CANDIDATES[problem.data_on].items() if not module or module in sys.modules]
     sizes = (_octave(n) for n in (problem.n_queries, problem.n_corpus, problem.n_features, problem.k))
-    key = (*problem.group, *sizes, accuracy, *names)
+    key = (*problem.group, problem.accuracy, *sizes, *names)
     if key not in _chosen:
-        _chosen[key] = _choose(names, problem, accuracy)
+        _chosen[key] = _choose(names, problem)
     return _chosen[key]
 
 
@@ -60,14 +59,14 @@ def forget_choices() -> None:
     _chosen.clear()
 
 
-def _choose(names: list[str], problem: Problem, accuracy: str) -> tuple[str, dict[str, str]]:
+def _choose(names: list[str], problem: Problem) -> tuple[str, dict[str, str]]:
     passed_over: dict[str, str] = {}
     works = False
     for name in _ranked(names, problem):
         status = backend_status(name)
         reason = status.reason
         if status.capabilities is not None and status.ok:
-            works, reason = True, lacks(status.capabilities, problem.space, accuracy)
+            works, reason = True, lacks(status.capabilities, problem.space, problem.accuracy)
         if not reason:
             return name, passed_over
         passed_over[name] = reason

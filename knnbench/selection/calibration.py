@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +11,8 @@ from knnbench.backends import backend_status, get_backend, registry
 from knnbench.measure.timer import settle
 
 from .auto import forget_choices
-from .candidates import errors_of
+from .candidates import errors_of, lacks
+from .costs import proof_of
 from .measurement import Clock, Search, measure
 from .problem import Problem
 from .wisdom import wisdom
@@ -55,6 +56,9 @@ class Level:
 # Seconds to wake the threads of a backend, and what they do meanwhile: enough work for all of them.
 WAKE_S = 0.5
 WAKING = ("knn", 64, 2000, 64, 3)
+
+# Features of candidates a second that a proof looks at, about: that of float64, which takes longest.
+PROOF_RATE = 5e7
 
 QUICK = Level(seconds=45, n_shapes=8, sample_s=0.003, longest_s=0.015, most_work=5e8)
 FULL = Level(seconds=1800, n_shapes=28, sample_s=0.04, longest_s=0.6, most_work=5e10)
@@ -132,6 +136,8 @@ def calibrate(
                     rate = rates.get((name, problem.metric), math.inf)
                     if problem.work > rate * level.longest_s or not _fits(problem):
                         continue
+                    if proof_of(problem) > PROOF_RATE * level.longest_s:
+                        continue
                     begin = clock()
                     sample = measure(name, problem, seconds=level.sample_s, with_prepared=with_prepared, clock=clock)
                     spent += clock() - begin - sample.start  # starting, which compiles, is no measuring
@@ -158,9 +164,10 @@ def _kinds(name: str) -> list[tuple[str, str]]:
 def _problems(name: str, level: Level, half: int) -> Iterator[tuple[Problem, bool]]:
     """Return every second problem of a backend, and whether to prepare it, too: those of least work of all kinds first.
 
-    Each kind has shapes of its own, the same for all backends, because one tells of the others (`costs.Cost`).
+    Those of floats that are prepared are searched exactly, too, which tells what a proof takes beside the search. Each
+    kind has shapes of its own, the same for all backends, because one tells of the others (`costs.Cost`).
     """
-    kinds = [(metric, dtype) for dtype in DTYPES for metric in METRICS]
+    kinds, capabilities = [(metric, dtype) for dtype in DTYPES for metric in METRICS], get_backend(name).capabilities
     for op, count in (("knn", level.n_shapes), ("pairwise", level.n_shapes // 2)):
         every = [size for size in shapes(op, 8 * count * len(kinds), seed=1) if work_of(size) <= level.most_work]
         own = {
@@ -170,7 +177,11 @@ def _problems(name: str, level: Level, half: int) -> Iterator[tuple[Problem, boo
         for place in range(-(-count // 2)):
             for kind in _kinds(name):
                 for size in own[kind][place : place + 1]:
-                    yield Problem(op, *size, *kind), place % 2 == half
+                    problem, is_prepared = Problem(op, *size, *kind), place % 2 == half
+                    yield problem, is_prepared
+                    proved = replace(problem, accuracy="exact")
+                    if proved.is_proved and is_prepared and not lacks(capabilities, proved.space, "exact"):
+                        yield proved, True
 
 
 def work_of(size: tuple[int, int, int, int]) -> int:

@@ -35,14 +35,12 @@ class Constraints:
 
     Attributes
     ----------
-    accuracy : {"fast", "exact"}
     max_error : float or None
         The largest error allowed, on ordinary and on adversarial data.
     budget : int
         Bytes.
     """
 
-    accuracy: str
     max_error: float | None
     budget: int
 
@@ -85,7 +83,7 @@ def passing(name: str, problem: Problem, constraints: Constraints) -> str:
     status, space = backend_status(name), problem.space
     if not status.ok or status.capabilities is None:
         return f"unavailable: {status.reason}"
-    reason = lacks(status.capabilities, space, constraints.accuracy)
+    reason = lacks(status.capabilities, space, problem.accuracy)
     if not reason and problem.data_on == "device" and status.device != "cuda":
         reason = "computes on the CPU, and the data are on a device"
     return reason or _over_budget(name, problem, constraints.budget) or _too_inexact(name, problem, constraints)
@@ -114,7 +112,7 @@ def _too_inexact(name: str, problem: Problem, constraints: Constraints) -> str:
     if constraints.max_error is None:
         return ""
     # Exact distances of floats are proved, whatever fast arithmetic is off by.
-    if constraints.accuracy == "exact" and not problem.space.is_integer:
+    if problem.is_proved:
         found = dict.fromkeys(found, float(np.finfo(problem.space.output).eps))
     for kind in ("ordinary", "adversarial"):
         if not found[kind] <= constraints.max_error:

@@ -2,7 +2,9 @@
 
 The seconds of a call are modelled by non-negative costs of terms, fitted so that relative errors count and single odd
 measurements do not. All metrics and dtypes of a backend share `TERMS`: what a call, a query or a neighbour costs hardly
-depends on them. What a feature of a pair costs does, so each kind has a rate of its own (`RATED`).
+depends on them. What a feature of a pair costs does, so each kind has a rate of its own (`RATED`). An exact search of
+floats is a fast one and its proof, which has terms of its own: some time for a call, and for each candidate and each of
+its features (`PROVED`), whatever the size of the corpus.
 
 What remains, the logarithm of measured over modelled seconds, follows the shape smoothly (blocks that no longer fit a
 cache, threads that begin to pay) and is interpolated between the shapes measured [1]_, which also says how far a
@@ -19,12 +21,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from knnbench.backends.base import SPARE
 from knnbench.dtypes import Array
 
 from .problem import Problem
 
 __all__ = [
     "ENOUGH",
+    "PROVED",
     "QUANTITIES",
     "RATED",
     "TERMS",
@@ -33,8 +37,20 @@ __all__ = [
     "Prediction",
     "fit_terms",
     "forecast",
-    "rate_of",
+    "proof_of",
+    "rates_of",
 ]
+
+
+def _candidates(problem: Problem) -> float:
+    """Return how many candidates a proof looks at, about; 0 where nothing is proved."""
+    return problem.n_queries * (problem.k + SPARE) if problem.is_proved else 0.0
+
+
+def proof_of(problem: Problem) -> float:
+    """Return the features of all candidates that a proof looks at, about; 0 where nothing is proved."""
+    return _candidates(problem) * problem.n_features
+
 
 # What each part of a cost is proportional to. `call` is a call with a corpus as it is given, `prepare` prepares a
 # corpus, and `prepared` is a call with the result.
@@ -46,6 +62,8 @@ _CALL: dict[str, Size] = {
     "corpus feature": lambda p: p.n_corpus * p.n_features,
     "pair": lambda p: p.n_queries * p.n_corpus,
     "insertion": lambda p: p.n_queries * p.k * np.log2(1 + p.n_corpus / p.k) if p.k else 0.0,
+    "proof": lambda p: float(p.is_proved),
+    "candidate": _candidates,
 }
 _PREPARE: dict[str, Size] = {"call": lambda p: 1.0, "corpus row": lambda p: float(p.n_corpus)}
 TERMS: dict[str, dict[str, Size]] = {"call": _CALL, "prepared": _CALL, "prepare": _PREPARE}
@@ -58,6 +76,9 @@ RATED: dict[str, tuple[str, Size]] = {
     "prepare": ("corpus feature", lambda p: p.n_corpus * p.n_features),
 }
 
+# What grows the most of a proof, and costs each dtype something else: float64 is proved by more exact arithmetic.
+PROVED = "candidate feature"
+
 # From so many measurements on, terms are fitted. Fewer cannot tell one term from another: all is laid to what grows the
 # most, so that a small shape does not make a large one look cheap. Of the measurement with the best rate of its kind,
 # at least this share is laid to it in any case: no shape that was measured may have shown it.
@@ -65,11 +86,10 @@ ENOUGH = 6
 LEAST_SHARE = 1 / 4
 
 # Decades of a size over which a deviation from the terms is believed to be the same, and how much of it is of another
-# metric, or of another dtype. Of 0.5, 0.7 and 1 decade, 1 chose best on 60 shapes never measured; 0.5 to 0.95 of the
-# relation made no difference (two cores of Zen 5).
+# metric, of another dtype, or of searches that are proved where these are not. Of 0.5, 0.7 and 1 decade, 1 chose best
+# on 60 shapes never measured; 0.5 to 0.95 of the relation made no difference (two cores of Zen 5).
 LENGTH = 1.0
-OTHER_METRIC = 0.8
-OTHER_DTYPE = 0.8
+RELATED = (0.8, 0.8, 0.8)
 
 # Of the logarithm of repeated measurements on a shared machine, and the least deviation that is expected elsewhere.
 NOISE = 0.08
@@ -108,9 +128,19 @@ class Prediction:
         return self.seconds / factor, self.seconds * factor
 
 
-def rate_of(quantity: str, problem: Problem) -> str:
-    """Return the name of the rate of a problem's kind."""
-    return f"{RATED[quantity][0]} {problem.group[1]} {problem.dtype}"
+def rates_of(quantity: str, problem: Problem) -> dict[str, float]:
+    """Return what the rates of a problem's kind are proportional to, by their names, the one that grows the most first.
+
+    Examples
+    --------
+    >>> rates_of("call", Problem("knn", 10, 100, 4, 2, "cosine", "float32"))
+    {'pair feature cosine float32': 4000}
+    """
+    name, size = RATED[quantity]
+    rates = {f"{name} {problem.group[1]} {problem.dtype}": size(problem)}
+    if problem.is_proved and quantity != "prepare":
+        rates[f"{PROVED} {problem.dtype}"] = proof_of(problem)
+    return rates
 
 
 def fit_terms(quantity: str, problems: list[Problem], seconds: Array) -> dict[str, float]:
@@ -126,18 +156,19 @@ def fit_terms(quantity: str, problems: list[Problem], seconds: Array) -> dict[st
     Returns
     -------
     dict of str to float
-        By the names of `TERMS`, and of `rate_of` for each kind that there is.
+        By the names of `TERMS`, and of `rates_of` for each kind that there is.
     """
     from scipy.optimize import nnls
 
-    rates = list(dict.fromkeys(rate_of(quantity, problem) for problem in problems))
-    names = [*TERMS[quantity], *rates]
+    of_problems = [list(rates_of(quantity, problem)) for problem in problems]
+    first = {rates[0] for rates in of_problems}
+    names = [*TERMS[quantity], *dict.fromkeys(name for rates in of_problems for name in rates)]
     # Divided by what was measured: a microsecond counts on a small shape as a second does on a large one.
     matrix = _terms(quantity, problems, names) / seconds[:, None]
-    is_rate = np.array([name in rates for name in names])
+    is_first = np.array([name in first for name in names])
     scale = matrix.max(axis=0)
     scale[scale == 0] = 1.0
-    best = is_rate / scale
+    best = is_first / scale
     if len(seconds) < ENOUGH:
         return dict(zip(names, map(float, best), strict=True))
     least = LEAST_SHARE * best
@@ -179,8 +210,8 @@ class Cost:
         self._weights = self._inverse @ left
 
     def knows(self, problem: Problem) -> bool:
-        """Return whether the kind of a problem has a rate."""
-        return rate_of(self._quantity, problem) in self._costs
+        """Return whether the kind of a problem has all its rates."""
+        return self._costs.keys() >= rates_of(self._quantity, problem).keys()
 
     def predict(self, problem: Problem) -> Prediction:
         """Return what a computation takes, of a kind that is known."""
@@ -198,7 +229,7 @@ class Cost:
     def _covariance(self, places: Array, kinds: Array) -> Array:
         """Return the covariances of some problems with those that were measured."""
         squares = ((places[:, None] - self._places[None]) ** 2).sum(axis=2)
-        related = np.where(kinds[:, None] == self._kinds[None], 1.0, (OTHER_METRIC, OTHER_DTYPE)).prod(axis=2)
+        related = np.where(kinds[:, None] == self._kinds[None], 1.0, RELATED).prod(axis=2)
         found: Array = self._deviation**2 * related * np.exp(-squares / (2 * LENGTH**2))
         return found
 
@@ -240,11 +271,10 @@ def forecast(costs: Mapping[str, Cost], problem: Problem, start: float) -> Forec
 
 def _terms(quantity: str, problems: list[Problem], names: list[str]) -> Array:
     """Return what each named cost of each problem is proportional to, (n_problems, n_names)."""
-    terms, (_, rated) = TERMS[quantity], RATED[quantity]
-    rows: list[list[float]] = []
+    terms, rows = TERMS[quantity], list[list[float]]()
     for problem in problems:
-        rate = rate_of(quantity, problem)
-        rows.append([terms[n](problem) if n in terms else rated(problem) if n == rate else 0.0 for n in names])
+        rates = rates_of(quantity, problem)
+        rows.append([terms[n](problem) if n in terms else rates.get(n, 0.0) for n in names])
     return np.array(rows, np.float64).reshape(len(problems), len(names))
 
 
@@ -255,5 +285,6 @@ def _places(problems: list[Problem]) -> Array:
 
 
 def _kinds(problems: list[Problem]) -> Array:
-    """Return metrics and dtypes of problems."""
-    return np.array([problem.group[1:3] for problem in problems]).reshape(len(problems), 2)
+    """Return metrics, dtypes and accuracies of problems."""
+    kinds = [(metric, dtype, accuracy) for _, metric, dtype, _, accuracy in (problem.group for problem in problems)]
+    return np.array(kinds).reshape(len(problems), 3)

@@ -70,15 +70,17 @@ class Search:
 
     def call(self, corpus: Any = None) -> float:
         """Return the seconds of one call, with the corpus as it is or prepared; `answer` is what it gave."""
-        corpus = self.corpus if corpus is None else corpus
+        problem, corpus = self._problem, self.corpus if corpus is None else corpus
         self._engine.synchronize()
         begin = self._clock()
-        if self._problem.op == "knn":
-            self.answer = knn(self.queries, corpus, self._problem.k, self._problem.metric, backend=self._backend)
+        if problem.op == "knn":
+            self.answer = knn(
+                self.queries, corpus, problem.k, problem.metric, backend=self._backend, accuracy=problem.accuracy
+            )
         else:
-            self.answer = pairwise(self.queries, corpus, self._problem.metric, backend=self._backend)
+            self.answer = pairwise(self.queries, corpus, problem.metric, backend=self._backend)
         self._engine.synchronize()
-        _started.add((self._backend, *self._problem.group))
+        _started.add((self._backend, *problem.group))
         return self._clock() - begin
 
     def wake(self, seconds: float) -> None:
@@ -93,8 +95,8 @@ class Search:
 
     def prepare(self) -> tuple[float, Any]:
         """Return the seconds to prepare the corpus, and the result."""
-        begin = self._clock()
-        prepared = prepare(self.corpus, self._problem.metric, backend=self._backend)
+        problem, begin = self._problem, self._clock()
+        prepared = prepare(self.corpus, problem.metric, backend=self._backend, accuracy=problem.accuracy)
         self._engine.synchronize()
         return self._clock() - begin, prepared
 

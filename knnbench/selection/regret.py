@@ -175,7 +175,7 @@ def outcomes(
 
 def _started(usable: Sequence[str], problem: Problem, clock: Clock) -> dict[str, Search]:
     """Return the backends that can do a problem, each called once: a choice counts the start of what has not been."""
-    names, _ = sieve(usable, problem, Constraints("fast", None, BUDGET))
+    names, _ = sieve(usable, problem, Constraints(None, BUDGET))
     searches = {name: Search(name, problem, clock) for name in names if not _loops(name, problem)}
     for search in searches.values():
         search.call()
@@ -185,8 +185,8 @@ def _started(usable: Sequence[str], problem: Problem, clock: Clock) -> dict[str,
 def _choose(problem: Problem, searches: Mapping[str, Search], effort: str, seconds: float, clock: Clock) -> Choice:
     return fastest_backend(
         problem.op, n_queries=problem.n_queries, n_corpus=problem.n_corpus, n_features=problem.n_features,
-        k=problem.k, metric=problem.metric, dtype=problem.dtype, candidates=list(searches), effort=effort,
-        time_budget=seconds, clock=clock,
+        k=problem.k, metric=problem.metric, dtype=problem.dtype, accuracy=problem.accuracy,
+        candidates=list(searches), effort=effort, time_budget=seconds, clock=clock,
     )  # fmt: skip
 
 

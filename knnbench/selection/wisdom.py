@@ -26,7 +26,7 @@ import numpy as np
 from knnbench.backends import registry, version_of
 from knnbench.threads import thread_count
 
-from .costs import ENOUGH, QUANTITIES, Cost, fit_terms, rate_of
+from .costs import ENOUGH, QUANTITIES, Cost, fit_terms, rates_of
 from .problem import Problem
 
 __all__ = ["Sample", "Wisdom", "backend_version", "forget", "machine_key", "wisdom", "wisdom_path"]
@@ -43,7 +43,7 @@ SUFFICIENT = 18
 MOST_SAMPLES = 400
 
 Group = tuple[str, ...]
-"""A backend and a kind of computation: ``(backend, op, metric, dtype, data_on)``."""
+"""A backend and a kind of computation: ``(backend, op, metric, dtype, data_on, accuracy)``."""
 
 Pool = tuple[str, str, str]
 """What is fitted as one: ``(backend, op, data_on)``."""
@@ -87,8 +87,7 @@ class Sample:
     @classmethod
     def from_dict(cls, line: dict[str, Any]) -> "Sample":
         """Return the sample of a line; raise KeyError, TypeError or ValueError if it holds none."""
-        names = Problem.__dataclass_fields__
-        problem = Problem(**{name: line[name] for name in names})
+        problem = Problem(**{name: line[name] for name in Problem.__dataclass_fields__ if name in line})
         seconds = {name: float(line[name]) for name in QUANTITIES if name in line}
         if "call" not in seconds or not all(0 < value < np.inf for value in seconds.values()):
             raise ValueError(f"no seconds: {seconds}")
@@ -98,6 +97,11 @@ class Sample:
 def pool_of(group: Group) -> Pool:
     """Return the pool of a group."""
     return group[0], group[1], group[4]
+
+
+def as_fast(group: Group) -> Group:
+    """Return the group of the fast searches of a kind."""
+    return *group[:5], "fast"
 
 
 @functools.cache
@@ -239,6 +243,8 @@ class Wisdom:
 
     def source(self, group: Group) -> str:
         """Return where the costs of a group come from."""
+        if group != as_fast(group) and not self.samples(group) and group not in self._shipped_samples:
+            return f"{self.source(as_fast(group))}, of fast searches"
         n_kind, n_all = len(self.samples(group)), len(self._pool(pool_of(group)))
         here = f"{n_kind} measurement{'s' if n_kind != 1 else ''} here, {n_all} of its backend"
         if (n_kind and n_all >= SUFFICIENT) or not self._shipped(group):
@@ -246,17 +252,20 @@ class Wisdom:
         return f"defaults from {self.shipped_on}" + (f", scaled by {here}" if n_all else "")
 
     def _shipped(self, group: Group) -> list[Sample]:
-        return self._shipped_samples.get(group, [])
+        """Return the defaults of a kind; where there are none of exact searches, those of fast ones."""
+        return self._shipped_samples.get(group) or self._shipped_samples.get(as_fast(group), [])
 
     def _find_costs(self, group: Group) -> dict[str, Cost]:
         """Return costs from what was measured here if that is enough, and of this kind; otherwise from the defaults."""
-        problem, result = Problem(group[1], 1, 1, 1, 1, *group[2:]), {}
+        pool, finds, result = pool_of(group), (self._cost_here, self._default_cost), {}
+        # Where no exact search was measured, it is taken for a fast one.
+        kinds: list[Any] = [group, as_fast(group)]
+        asked = [Problem(op, 1, 1, 1, 1, *kind) for _, op, *kind in kinds]
         for quantity in QUANTITIES:
-            for find in (self._cost_here, self._default_cost):
-                cost = find(pool_of(group), quantity)
-                if cost is not None and cost.knows(problem):
-                    result[quantity] = cost
-                    break
+            costs = ((problem, find(pool, quantity)) for problem in asked for find in finds)
+            found = next((cost for problem, cost in costs if cost is not None and cost.knows(problem)), None)
+            if found is not None:
+                result[quantity] = found
         return result
 
     def _cost_here(self, pool: Pool, quantity: str) -> Cost | None:
@@ -396,7 +405,7 @@ def _measured(quantity: str, samples: list[Sample]) -> tuple[list[Problem], Any]
 
 
 def _has_all(terms: dict[str, float], quantity: str, problems: list[Problem]) -> bool:
-    return all(rate_of(quantity, problem) in terms for problem in problems)
+    return all(rate in terms for problem in problems for rate in rates_of(quantity, problem))
 
 
 def append(path: Path, lines: list[str]) -> None:
