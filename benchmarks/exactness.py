@@ -8,11 +8,13 @@ nearer, or comes first. After a plus stand the neighbours that are as near as th
 equals by index; only own backends promise that.
 
 With ``--time``, times are measured side by side, in turns, in one process: the backends by themselves and with
-``accuracy="exact"``, and faiss; quoted are medians. MNIST must be there for its rows (``knnbench data fetch mnist``).
+``accuracy="exact"``, and faiss; quoted are medians, and for the first backend the ratio of CPU seconds of all threads,
+which what else runs on the machine changes less. MNIST must be there for its rows (``knnbench data fetch mnist``).
 """
 
 import argparse
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -157,26 +159,29 @@ def timed_sets() -> Iterator[tuple[str, Rows, Rows]]:
         yield kind, data.X_test, data.X_train
 
 
-def costs(queries: Rows, corpus: Rows, k: int, backends: list[str], rounds: int) -> tuple[dict[str, float], Any]:
-    """Return the median seconds of each way, measured in turns, and the certificate of the first backend."""
+def costs(
+    queries: Rows, corpus: Rows, k: int, metric: str, backends: list[str], rounds: int
+) -> tuple[dict[str, float], dict[str, float], Any]:
+    """Return the median seconds of each way, measured in turns, those of the CPUs, and the first one's certificate."""
     ways: dict[str, Callable[[], Any]] = {}
     for name in backends:
         for accuracy in ("fast", "exact"):
             ways[f"{name} {accuracy}"] = lambda name=name, accuracy=accuracy: knnbench.knn(
-                queries, corpus, k, backend=name, accuracy=accuracy
+                queries, corpus, k, metric, backend=name, accuracy=accuracy
             )
     if any(status.name == "faiss" and status.ok for status in knnbench.backends()):
-        ways["faiss"] = lambda: knnbench.knn(queries, corpus, k, backend="faiss")
+        ways["faiss"] = lambda: knnbench.knn(queries, corpus, k, metric, backend="faiss")
     answers = {name: way() for name, way in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    of_cpus: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            begin = time.perf_counter()
+            begin, begin_of_cpus = time.perf_counter(), time.process_time()
             way()
             seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(each) for name, each in seconds.items()}, answers[
-        f"{backends[0]} exact"
-    ].certificate
+            of_cpus[name].append(time.process_time() - begin_of_cpus)
+    medians = [{name: statistics.median(each) for name, each in times.items()} for times in (seconds, of_cpus)]
+    return medians[0], medians[1], answers[f"{backends[0]} exact"].certificate
 
 
 def main() -> None:
@@ -194,23 +199,27 @@ def main() -> None:
     if given.time:
         backends = given.backends.split(",")
         table = Table(
+            "metric",
             "set",
             "k",
             *(f"{name} exact / fast" for name in backends),
+            "CPU seconds",
             "exact / faiss",
             "ms a query",
             "again",
             "settled",
         )
         for name, queries, corpus in timed_sets():
-            for k in (3, 10):
-                seconds, certificate = costs(queries, corpus, k, backends, given.rounds)
-                least = seconds[f"{backends[0]} exact"]
+            for metric, k in itertools.product(given.metrics.split(","), (3, 10)):
+                seconds, of_cpus, certificate = costs(queries, corpus, k, metric, backends, given.rounds)
+                fast, exact = f"{backends[0]} fast", f"{backends[0]} exact"
                 table.add_row(
-                    name, str(k),
+                    metric, name, str(k),
                     *(f"{seconds[f'{b} exact'] / seconds[f'{b} fast']:.2f}" for b in backends),
-                    f"{least / seconds['faiss']:.2f}" if "faiss" in seconds else "",
-                    f"{1e3 * least / len(queries):.2f}", str(certificate.searched_again), str(certificate.settled),
+                    f"{of_cpus[exact] / of_cpus[fast]:.2f}",
+                    f"{seconds[exact] / seconds['faiss']:.2f}" if "faiss" in seconds else "",
+                    f"{1e3 * seconds[exact] / len(queries):.2f}", str(certificate.searched_again),
+                    str(certificate.settled),
                 )  # fmt: skip
         console.print(table)
         return

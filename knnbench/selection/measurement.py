@@ -19,8 +19,9 @@ __all__ = ["Clock", "Search", "measure", "rows_of"]
 
 Clock = Callable[[], float]
 
-# Values that rows are made from again and again: drawing new ones would take longer than searching.
-POOL = (1 << 20) - 1  # odd, so that the same values do not fall on the same features
+# Values that rows are made from again and again: drawing new ones would take longer than searching. A prime, so that the
+# same values fall on other features: rows that are alike tie, which an exact search takes long for.
+POOL = (1 << 20) - 3
 
 # To wake threads, where calls take no time.
 MOST_CALLS = 10_000
