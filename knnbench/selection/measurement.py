@@ -19,8 +19,8 @@ __all__ = ["Clock", "Search", "measure", "rows_of"]
 
 Clock = Callable[[], float]
 
-# Values that rows are made from again and again: drawing new ones would take longer than searching. A prime, so that the
-# same values fall on other features: rows that are alike tie, which an exact search takes long for.
+# Values that rows are made from again and again: drawing new ones would take longer than searching. A prime, so that
+# the same values fall on other features: rows that are alike tie, and then exact searches take longer.
 POOL = (1 << 20) - 3
 
 # To wake threads, where calls take no time.
