@@ -542,6 +542,10 @@ def test_defaults_serve_before_anything_was_measured():
             group = (name, "knn", metric, "float32", "host", "fast")
             assert known.costs(group)["call"].predict(PROBLEM).seconds > 0
             assert known.source(group).startswith("defaults from")
+    exact = replace(PROBLEM, accuracy="exact")
+    for name in ("numpy", "numba", "torch"):
+        assert known.costs((name, *exact.group))["call"].knows(exact)
+        assert known.source((name, *exact.group)) == f"defaults from {known.shipped_on}"
 
 
 def test_a_few_measurements_scale_the_defaults():
