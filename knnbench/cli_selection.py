@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from knnbench.api import check_accuracy
 from knnbench.errors import InvalidInputError
 from knnbench.selection.choice import Choice, fastest_backend
 from knnbench.selection.wisdom import wisdom, wisdom_path
@@ -97,12 +98,13 @@ def regret(
     n: Annotated[int, typer.Option("--n", min=2, help="Problems.")] = 60,
     seed: Annotated[int, typer.Option(min=0, help="Of the problems, and of the order of the rounds.")] = 0,
     time: Annotated[float, typer.Option(min=0.0, help="Seconds of effort='measure'; 0 to leave it out.")] = 1.0,
+    accuracy: Annotated[str, typer.Option(help="fast or exact.")] = "fast",
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON lines instead.")] = False,
 ) -> None:
     """Judge the choices: the time of what was chosen over that of the best, on shapes that were never measured."""
     from knnbench.selection.regret import outcomes, problems, summaries
 
-    asked = problems(n, seed)
+    asked = [replace(problem, accuracy=check_accuracy(accuracy)) for problem in problems(n, seed)]
     found = []
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=err) as bar:
