@@ -479,7 +479,7 @@ def test_a_bound_a_thousand_times_too_small_is_noticed(monkeypatch, rng):
     )
     original = Space.gram_error.fget
     monkeypatch.setattr(Space, "gram_error", property(lambda self: original(self) / 1e6))
-    monkeypatch.setattr(exact, "SPARE", 1)
+    monkeypatch.setattr(base, "SPARE", 1)
     with pytest.raises(AssertionError, match="neighbours are wrong"):
         assert_exact(knn(queries, corpus, 3, backend="numpy", accuracy="exact"), queries, corpus, 3, "euclidean")
 
