@@ -187,7 +187,8 @@ def halves_error(space: Space, length: Any, other: Any, own_loss: Any, loss: Any
     published, but was measured: 4 to 16 at a time are added to a sum, what lies below the last of 23 to 25 bits of the
     largest being cut off [1]_, which is at most 17 units of ``2**-23`` of ``|x'| |y'|`` for 16 features, as no sum of
     magnitudes exceeds that. Twice as much is allowed for. All else is done in float32, as by products in float32, whose
-    error covers it (`Space.gram_error`). The factor 1.001 is for the roundings of the lengths.
+    error covers it (`Space.gram_error`). The factor 1.001 is for the roundings of the lengths. Squares that underflow
+    are allowed for in `own_loss` and `loss`, by the smallest normal number for each feature.
 
     It rests on measurements, so searches of accuracy "exact" do without.
 

@@ -245,6 +245,8 @@ static uint64_t matrix_at(const unsigned char* rows)
 }
 static uint64_t bytes_on(uint64_t matrix, unsigned n_bytes) { return matrix + n_bytes; }
 static void begin_products() {}
+static void settle(int&) {}
+static void settle(float&) {}
 static void multiply_add(int (&acc)[2][64], unsigned long long a, unsigned long long b)
 {
     running->begun.push_back({acc, false, (const unsigned char*)a, (const unsigned char*)b});

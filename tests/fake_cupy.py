@@ -162,6 +162,7 @@ UFUNCS = {
         "maximum": 2,
         "multiply": 2,
         "sqrt": 1,
+        "subtract": 2,
     }.items()
 }
 

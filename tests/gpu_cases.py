@@ -411,13 +411,14 @@ def test_operations_are_those_of_known_ceilings_of_a_device(metric, dtype):
 
 
 @pytest.mark.skipif(BACKEND != "cupy", reason="of CuPy only")
-def test_a_device_without_the_shared_memory(rng, monkeypatch):
+@pytest.mark.parametrize("dtype", COMPUTED)
+def test_a_device_without_the_shared_memory(dtype, rng, monkeypatch):
     from knnbench.backends import cupy as module
 
     started = []
     monkeypatch.setattr(module, "start", lambda *args: started.append(args))
     monkeypatch.setattr(module, "device_limits", lambda device: (3, 48 << 10))
-    check(rows_of(rng, "uint8", 3, 5), rows_of(rng, "uint8", 9, 5), "sqeuclidean", 2)
+    check(rows_of(rng, dtype, 3, 5), rows_of(rng, dtype, 30, 5), "sqeuclidean", 2)
     assert not started
     monkeypatch.setattr(module, "device_limits", lambda device: (3, 0))
     losses = get_backend(BACKEND).linear_loss(rows_of(rng, "uint8", 9, 5), np.arange(9) % 3, np.ones(9), np.dtype("f4"))
@@ -446,7 +447,20 @@ def test_neighbours_by_products_of_halves_are_proved_or_searched_again(metric, r
     if metric == "euclidean":
         del again[:]
         check(1e6 * queries, corpus, metric, 3)
-        assert again[0] == 9
+        assert again == [9]
+        # Rows so small beside two others that even the squares of what rounding took from them underflow.
+        tiny = (2.0**-26 * corpus).astype(np.float32)
+        tiny[:2] = np.array([[1], [-1]]) * 2.0**60
+        check(tiny[2:9], tiny, metric, 3)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_stream_of_blocks_about_a_centre(metric, rng):
+    queries, corpus = (rng.normal(size=(n, 6)).astype(np.float32) for n in (4, 60))
+    expected = knn(queries, corpus, 3, metric, backend="python")
+    got = knn(queries, iter([corpus[:25], corpus[25:]]), 3, metric, backend=BACKEND)
+    assert_identical(got.indices, expected.indices)
+    np.testing.assert_allclose(got.distances, expected.distances, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.skipif(BACKEND != "cupy", reason="of CuPy only")

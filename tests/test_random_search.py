@@ -94,6 +94,17 @@ def notebook(
     return accepted, losses, executed
 
 
+class Given(LinearLoss):
+    """Losses that a function gives."""
+
+    def __init__(self, function: Callable[..., np.ndarray]) -> None:
+        super().__init__()
+        self._function = function
+
+    def __call__(self, W: np.ndarray, b: np.ndarray, limit: float = math.inf) -> np.ndarray:
+        return self._function(W, b, limit)
+
+
 class Scripted:
     """A backend whose losses are given in advance, as means over the samples."""
 
@@ -105,7 +116,7 @@ class Scripted:
             assert W.shape == (1, X.shape[1], b.shape[1])
             return np.array([next(self.losses) * len(X)])
 
-        return losses
+        return Given(losses)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float], **params: Any) -> RandomSearchClassifier:
@@ -397,7 +408,7 @@ def test_threads_are_held_at_the_number_asked_for(monkeypatch: pytest.MonkeyPatc
                 seen.append(blas_threads())
                 return losses(*args)
 
-            return watched
+            return Given(watched)
 
     seen: list[set[int]] = []
     before = blas_threads()
@@ -526,7 +537,7 @@ def test_steps_drawn_ahead_are_those_of_their_iterations(threads: str, monkeypat
     monkeypatch.setenv("KNNBENCH_THREADS", threads)
     monkeypatch.setattr(f"{MODULE}.DRAWN_AHEAD", 8)
     others = threading.active_count()
-    with closing(Steps(5, (3, 2), 0.5, 30)) as steps:
+    with closing(Steps(5, (3, 2), 0.5, 30, ahead=True)) as steps:
         for iterations in (range(1), range(1, 4), range(2, 9), range(9, 10), range(25, 30)):
             found = steps.of(iterations)
             assert len(found) == len(iterations)
@@ -539,6 +550,15 @@ def test_steps_drawn_ahead_are_those_of_their_iterations(threads: str, monkeypat
     assert threading.active_count() == others
 
 
+def test_steps_too_large_to_be_held_are_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KNNBENCH_THREADS", "4")
+    monkeypatch.setattr(f"{MODULE}.DRAWN_AHEAD", 8)
+    monkeypatch.setattr(f"{MODULE}.DRAWN_BYTES", 100)
+    with closing(Steps(5, (3, 2), 0.5, 30, ahead=True)) as steps:
+        assert len(steps.of(range(1))) == 1
+        assert sum(map(len, steps._drawn.values())) == 1
+
+
 def test_what_stops_a_drawing_thread_stops_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(seed: int, counter: int) -> np.random.Generator:
         if counter > 20:
@@ -547,6 +567,7 @@ def test_what_stops_a_drawing_thread_stops_the_search(monkeypatch: pytest.Monkey
 
     monkeypatch.setenv("KNNBENCH_THREADS", "2")
     monkeypatch.setattr(f"{MODULE}.DRAWN_AHEAD", 8)
+    monkeypatch.setattr(f"{MODULE}.Steps", lambda *args, ahead: Steps(*args, ahead=True))
     others = threading.active_count()
     monkeypatch.setattr(f"{MODULE}.generator", failing)
     with pytest.raises(MemoryError, match="no room"):
@@ -562,7 +583,7 @@ class Broken:
 
     def linear_loss(self, *args: Any) -> Any:
         losses = self.engine.linear_loss(*args)
-        return lambda W, b, limit=math.inf: self.tamper(losses(W, b))
+        return Given(lambda W, b, limit: self.tamper(losses(W, b)))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Euclidean and cosine neighbours of float32 are chosen by products of float16, on tensor cores: a few more than k, which
 are computed once more by the direct form. What the rounding to float16 took from each row is measured, so that the
-error of a product is known; queries for which it could have hidden a neighbour are searched again in float32.
+error of a product is known; queries for which it could have hidden a neighbour are searched again by the direct form.
 
 What the fused search does not take (more than 1,024 neighbours, products in float64, uint8 rows whose sums need 64
 bits, devices before compute capability 8.0 or with too little shared memory) is searched block by block.
@@ -231,7 +231,8 @@ class CupyBackend(BlockwiseBackend):
         samples, labels, weight = (self.to_native(array, array.dtype) for array in (X, y, sample_weight))
         # Of classes in parts, which hand something on; not much, but asynchronous copies must be there.
         largest = loss_kernel(X.dtype, dtype, X.shape[1], 2 * CLASSES, MOST_MODELS)
-        if largest.most_bytes <= device_limits(cupy.cuda.Device().id)[1]:
+        fits_32_bits = largest.samples * (X.shape[1] * X.itemsize + CHUNK) < 1 << 32
+        if largest.most_bytes <= shared_memory() and fits_32_bits:
             return FusedLoss(samples, labels, weight, int(y.max()) + 1, dtype)
         return ArrayLoss(cupy, samples, labels, weight, dtype, DEVICE_ELEMENTS, f"cuda-gemm-{dtype}")
 
@@ -255,11 +256,13 @@ class CupyBackend(BlockwiseBackend):
 
     def candidates(self, queries: Native, prepared: BlockCorpus, count: int, space: Space, budget: int) -> Candidates:
         """Return what is selected by products in float32: how tensor cores round is known from measurements only."""
-        return super().candidates(queries, self._without_halves(prepared, space), count, space, budget)
+        prepared, left = self._without_halves(prepared, space, budget)
+        return super().candidates(queries, prepared, count, space, left)
 
     def pairwise(self, queries: Native, prepared: BlockCorpus, space: Space, budget: int) -> Native:
         """Return all distances, by products in the dtype of the rows."""
-        return super().pairwise(queries, self._without_halves(prepared, space), space, budget)
+        prepared, left = self._without_halves(prepared, space, budget)
+        return super().pairwise(queries, prepared, space, left)
 
     def _prepared_rows(self, rows: Native, space: Space) -> Native:
         if space.is_integer or not space.metric.unit_rows:
@@ -272,7 +275,7 @@ class CupyBackend(BlockwiseBackend):
         """Return the k nearest; so many that no fused search takes them by products in the dtype of the rows."""
         n_corpus = len(prepared.rows)
         if fused(space, min(k + SPARE, n_corpus), len(queries), n_corpus) is None:
-            prepared = self._without_halves(prepared, space)
+            prepared, budget = self._without_halves(prepared, space, budget)
         return super().knn(queries, prepared, k, space, budget)
 
     def _halved(self, taken: BlockCorpus, space: Space) -> BlockCorpus:
@@ -286,9 +289,15 @@ class CupyBackend(BlockwiseBackend):
         halves = halved(taken.rows, taken.centre, scale.reshape(1), in_panels=takes_panels(space, halves=True))
         return SearchRows(taken.rows, taken.norms, taken.centre, halves=halves)
 
-    def _without_halves(self, prepared: BlockCorpus, space: Space) -> BlockCorpus:
-        """Return a corpus that is searched in its own dtype."""
-        return prepared if halves_of(prepared) is None else self._take(prepared.rows, prepared.centre, space)
+    def _without_halves(self, prepared: BlockCorpus, space: Space, budget: int) -> tuple[BlockCorpus, int]:
+        """Return a corpus that is searched in its own dtype, and what is left of a budget.
+
+        A corpus that is larger than half of it is not charged: who has that on a device has room for another.
+        """
+        if halves_of(prepared) is None:
+            return prepared, budget
+        n_bytes = len(prepared.rows) * (space.n_features * space.dtype.itemsize + CHUNK)
+        return self._take(prepared.rows, prepared.centre, space), budget - n_bytes * (2 * n_bytes <= budget)
 
     def _take_queries(self, queries: Native, prepared: BlockCorpus, space: Space) -> BlockCorpus:
         halves = halves_of(prepared)
@@ -299,8 +308,8 @@ class CupyBackend(BlockwiseBackend):
         return SearchRows(block.rows, block.norms, halves=own)
 
     def _take(self, rows: Native, centre: Native | None, space: Space) -> SearchRows:
-        if centre is not None:
-            centred = padded(rows - centre)
+        if centre is not None and space.form.from_dot is not None:
+            centred = padded(rows, centre=centre)
             norms = squared_norms(centred, centred.dtype, centre=0)
             return SearchRows(rows, norms, centre, centred, centred, norms, norms)
         packed = panels_of(rows) if takes_panels(space) else padded(rows)
@@ -388,7 +397,8 @@ class CupyBackend(BlockwiseBackend):
         self, indices: Native, block: BlockCorpus, prepared: BlockCorpus, space: Space, blocks: Blocks
     ) -> tuple[Native, Native]:
         n_queries, wanted = indices.shape
-        if wanted > LARGEST_K or len(prepared.rows) > MOST_ROWS:
+        merged_bytes = MERGED * (space.dtype.itemsize + 4)
+        if wanted > LARGEST_K or len(prepared.rows) > MOST_ROWS or merged_bytes > shared_memory():
             return super()._recomputed(indices, block, prepared, space, blocks)
         source = recompute_source(space.dtype)
         keys = cupy.empty((1, wanted, n_queries), f"uint{8 * space.dtype.itemsize}")
@@ -415,16 +425,6 @@ class CupyBackend(BlockwiseBackend):
         error = halves_error(space, length, length + cupy.sqrt(kth), own_loss, loss)
         # A comparison with NaN, from an overflow, is false.
         return cupy.asarray(last, np.float64) - error > kth
-
-    def _search_again(
-        self, again: Native, k: int, block: BlockCorpus, prepared: BlockCorpus, blocks: Blocks, space: Space
-    ) -> tuple[Native, Native]:
-        if halves_of(prepared) is None:
-            return super()._search_again(again, k, block, prepared, blocks, space)
-        prepared = self._without_halves(prepared, space)
-        block = self._take(block.rows[again], prepared.centre, space)
-        found = self._nearest(block, prepared, min(k + SPARE, len(prepared.rows)), space, blocks)
-        return self._mend_neighbors(*found, k, block, prepared, blocks, space)
 
     def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
         out = cupy.empty(len(i), dtype=space.accumulator)
@@ -565,6 +565,7 @@ class FusedLoss(LinearLoss):
         self, samples: Native, labels: Native, sample_weight: Native, n_classes: int, dtype: np.dtype[Any]
     ) -> None:
         super().__init__()
+        self.spares_host = True
         self.pass_cost = CALL_S / (samples.size * n_classes / LOSS_RATE)
         self._n_samples, self._dtype, self._element = len(samples), dtype, samples.dtype
         self._samples = padded(samples, CHUNK), labels, sample_weight
@@ -610,7 +611,12 @@ def fused(space: Space, k: int, n_queries: int, n_corpus: int) -> Search | None:
 
 def fits(search: Search | None) -> bool:
     """Return whether there is a search, and the current device has room for its tiles."""
-    return search is not None and search.shared_bytes <= device_limits(cupy.cuda.Device().id)[1]
+    return search is not None and search.shared_bytes <= shared_memory()
+
+
+def shared_memory() -> int:
+    """Return the bytes of shared memory that a block of threads may take on the current device."""
+    return device_limits(cupy.cuda.Device().id)[1]
 
 
 @functools.cache
@@ -623,7 +629,7 @@ def multiplies_in_groups(device: int) -> bool:
         return False
     try:
         _module(PROBE, in_groups=True)
-    except (ImportError, AttributeError, RuntimeError) as error:
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
         warnings.warn(
             f"CuPy {cupy.__version__} does not compile for sm_{GROUP_ARCHITECTURE}, so that products take twice as "
             f"long: {type(error).__name__}: {error}",
@@ -679,19 +685,23 @@ def device_limits(device: int) -> tuple[int, int]:
     return int(attributes["MultiProcessorCount"]), has_copies * int(attributes["MaxSharedMemoryPerBlockOptin"])
 
 
-def padded(rows: Native, unit: int | None = None) -> Native:
+def padded(rows: Native, unit: int | None = None, centre: Native | None = None) -> Native:
     """Return rows whose length and address so many bytes divide: others are copied, with zeros at the ends.
 
-    If it is not given, `unit` is that of the fused search, which reads short rows by words.
+    If it is not given, `unit` is that of the fused search, which reads short rows by words. With a centre, rows less it
+    are returned.
     """
     n_rows, n_features = rows.shape
     unit = unit or (CHUNK if n_features * rows.dtype.itemsize >= PADDED_BYTES else WORD)
     step = max(1, unit // rows.dtype.itemsize)
     width = -(-n_features // step) * step
-    if width == n_features and rows.data.ptr % unit == 0:
+    if centre is None and width == n_features and rows.data.ptr % unit == 0:
         return rows
     result = cupy.zeros((n_rows, width), rows.dtype)
-    result[:, :n_features] = rows
+    if centre is None:
+        result[:, :n_features] = rows
+    else:
+        cupy.subtract(rows, centre, out=result[:, :n_features])
     return result
 
 

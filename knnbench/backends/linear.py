@@ -29,9 +29,12 @@ class LinearLoss(ABC):
         What has been done so far, by the names of `knnbench.measure.ceilings`; empty where that is not told.
     pass_cost : float
         What a call costs beyond its models, in models.
+    spares_host : bool
+        Whether the host's threads are free while it computes.
     """
 
     pass_cost = 0.4  # numba's on MNIST
+    spares_host = False
 
     def __init__(self) -> None:
         self.operations: Counter[str] = Counter()
@@ -124,6 +127,7 @@ class ArrayLoss(ChunkedLoss):
         self, xp: Any, X: Any, labels: Any, sample_weight: Any, dtype: np.dtype[Any], elements: int, probe: str
     ) -> None:
         super().__init__(X.shape, elements, probe)
+        self.spares_host = xp is not np
         self._xp, self._X, self._labels, self._weight, self._dtype = xp, X, labels[:, None], sample_weight, dtype
 
     def settings(self) -> AbstractContextManager[Any]:

@@ -374,7 +374,7 @@ class TensorLoss(ChunkedLoss):
         is_host = backend.capabilities.device == "cpu"
         probe = f"gemm-{dtype}" if is_host else f"cuda-gemm-{dtype}"
         super().__init__(X.shape, HOST_ELEMENTS if is_host else DEVICE_ELEMENTS, probe)
-        self._backend, self._dtype = backend, dtype
+        self._backend, self._dtype, self.spares_host = backend, dtype, not is_host
         self._X, self._labels, self._weight = (
             backend.to_native(array, array.dtype) for array in (X, y[:, None], sample_weight)
         )

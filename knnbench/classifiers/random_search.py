@@ -38,7 +38,8 @@ LARGEST_BLOCK = 16
 MEMORY = 16
 
 # A step of MNIST's 7,850 numbers takes 0.17 ms, more than a GPU needs for all else: some threads draw those to come, so
-# many together as are worth handing over, and no more bytes than this. Short ones are drawn sooner than handed over.
+# many together as are worth handing over, and beyond those that are asked for no more bytes than this. Short ones are
+# drawn sooner than handed over.
 DRAWING_THREADS = 6
 DRAWN_AHEAD = 2048
 DRAWN_TOGETHER = 4
@@ -431,7 +432,8 @@ class Search:
         self, objective: Objective, step_size: float, max_iter: int, patience: int, block_size: int | None
     ) -> Iterator[int]:
         """Search; yield at each improvement the patience that was left, with all attributes as they are then."""
-        with closing(Steps(self.seed, self.W.shape, step_size, max_iter)) as steps:
+        is_spared = objective.summed.spares_host
+        with closing(Steps(self.seed, self.W.shape, step_size, max_iter, ahead=is_spared)) as steps:
             error = objective.error(self.W)
             while self.iteration < max_iter and self.fruitless < patience:
                 wanted = block_size or best_block(self.share, objective.summed.pass_cost)
@@ -488,7 +490,7 @@ class Step:
 
 
 class Steps:
-    """The steps of iterations: threads draw long ones ahead, where there are some to spare, others when asked for.
+    """The steps of iterations: threads draw long ones ahead, if asked to, others when asked for.
 
     What is drawn depends on the iteration alone, so it does not matter who draws it, nor when.
 
@@ -498,15 +500,18 @@ class Steps:
         As of `Step.drawn`.
     end : int
         The iteration after the last.
+    ahead : bool
+        Whether this process has threads to spare.
     """
 
-    def __init__(self, seed: int, shape: tuple[int, ...], step_size: float, end: int) -> None:
+    def __init__(self, seed: int, shape: tuple[int, ...], step_size: float, end: int, *, ahead: bool) -> None:
         self._seed, self._shape, self._step_size, self._end = seed, shape, step_size, end
         size = (shape[0] + 1) * shape[1]
-        threads = min(DRAWING_THREADS, thread_count() - 1) if size >= DRAWN_AHEAD else 0
+        affordable = DRAWN_BYTES // (8 * DRAWN_TOGETHER * size)
+        threads = min(DRAWING_THREADS, thread_count() - 1, affordable) if ahead and size >= DRAWN_AHEAD else 0
         self._pool = ThreadPoolExecutor(threads, "knnbench-draw") if threads else None
         self._together = DRAWN_TOGETHER if threads else 1
-        self._ahead = min(DRAWN_BYTES // (8 * self._together * size), 2 * threads)
+        self._ahead = min(affordable, 2 * threads)
         self._drawn: dict[int, list[Step] | Future[list[Step]]] = {}
 
     def of(self, iterations: range) -> list[Step]:

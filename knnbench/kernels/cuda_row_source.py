@@ -155,7 +155,7 @@ __device__ float from_half(unsigned short half)
 #endif
 
 // Rows less a centre, times a power of two, rounded to float16 and filled up with zeros; their squared norms before
-// rounding, and the squared norms of what rounding took from them.
+// rounding, and at the most the squared norms of what rounding took from them.
 extern "C" __global__ void __launch_bounds__($threads) halve(
     const float* rows, const float* centre, const float* scale, unsigned short* halves, float* norms, float* lost,
     size n_rows, size n_features, size width)
@@ -171,8 +171,9 @@ extern "C" __global__ void __launch_bounds__($threads) halve(
         halves[i * width + f] = half;
     }
     norm = sum_of_warp(norm), its_loss = sum_of_warp(its_loss);
+    // Each square may have been lost for being below the smallest normal number.
     if (lane == 0)
-        norms[i] = norm, lost[i] = its_loss;
+        norms[i] = norm, lost[i] = its_loss + width * 1.1754944e-38f;
 }
 """)
 

@@ -12,9 +12,11 @@ rows, form          instruction             why
 uint8, products     IMMA                    exact in int32, and 16 to 30 times the rate of float32
 uint8, absolutes    VABSDIFF4.U8.ACC        four differences, their signs and their sum in one
 uint8, largest      VABSDIFF4, VIMNMX3      four differences, compared by halves of a word
-float32, products   FFMA                    tensor cores (3xTF32) round by rules that are not published, so that no
-                                            error could be declared; a matrix of cuBLAS would cost as many products
-                                            and be written and read once more
+float32, halves     HMMA                     products of rows rounded to float16 only choose candidates: what
+                                            rounding took from each row is measured, and bounds the error
+float32, products   FFMA                    where nothing may rest on how tensor cores were measured to round, as they
+                                            do by rules that are not published; a matrix of cuBLAS would cost as
+                                            many products and be written and read once more
 floats, direct      FADD, FADD or FFMA      the same operations as the naive form
 ==================  ======================  ==================================================================
 
@@ -694,6 +696,9 @@ template <u32 n_groups> __device__ void wait_for_products()
 {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(n_groups) : "memory");
 }
+// What is read of a sum is read after this.
+__device__ void settle(int& sum) { asm volatile("" : "+r"(sum) :: "memory"); }
+__device__ void settle(float& sum) { asm volatile("" : "+f"(sum) :: "memory"); }
 __device__ void multiply_add(int (&acc)[2][64], u64 a, u64 b)
 {
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %130, 0; "
@@ -729,7 +734,15 @@ GROUP_BODY = r"""__device__ void accumulate(accumulator (&acc)[down][across], co
     // All but those: then the stage before may be written to.
     wait_for_products<1>();
 }
-__device__ void finish(accumulator (&)[down][across]) { wait_for_products<0>(); }
+__device__ void finish(accumulator (&acc)[down][across])
+{
+    wait_for_products<0>();
+    #pragma unroll
+    for (u32 r = 0; r < down; ++r)
+        #pragma unroll
+        for (u32 c = 0; c < across; ++c)
+            settle(acc[r][c]);
+}
 """
 
 # How accumulated values are ranked. An estimate orders the values of a query; a bound is what it must be within to be
