@@ -199,7 +199,7 @@ def _search(task: Task, k: int, answer: Answer) -> tuple[Array, Array, Certifica
 
 def _nearest(task: Task, k: int, answer: Answer, *, trusts_filter: bool) -> tuple[Array, Array, Certificate]:
     n_queries, n_corpus = len(task.queries), task.prepared.shape[0]
-    count = min(k + task.engine.spare(k, task.space), n_corpus)
+    count = min(k + task.engine.spare(k, n_queries, task.space), n_corpus)
     blocks, parts = task.query_blocks(16 * count), task.corpus_parts()
     task, exponent = _in_range(task)
     share = task.budget_left // 4

@@ -358,7 +358,7 @@ class Values:
             if len(left):
                 found, good = from_pairs(i[left], j[left])
                 # Among subnormal numbers a power of two rounds once more.
-                good &= (np.abs(found) >= SMALLEST_NORMAL) | (found == 0)
+                good &= (np.abs(found) > SMALLEST_NORMAL) | (found == 0)
                 result[left], left = found, left[~good]
             for p in left:
                 result[p] = self._exact_distance(i[p : p + 1], j[p : p + 1])
@@ -395,9 +395,9 @@ class Values:
         dot, queries, corpus = (double_double.Double(x[:, 0], x[:, 1]) for x in (dots, of_queries, of_corpus))
         result, share, length = double_double.one_minus_cosine(dot, queries, corpus)
         lost = lost_queries / queries.high + lost_corpus / corpus.high + 2 * lost_dots / length
-        within = (np.minimum(queries.high, corpus.high) >= SMALLEST) & (
-            np.maximum(queries.high, corpus.high) <= 2.0**500
-        )
+        # Their product, too, is to be within the range.
+        smaller, larger = np.minimum(queries.high, corpus.high), np.maximum(queries.high, corpus.high)
+        within = (smaller >= SMALLEST**0.5) & (larger <= 2.0**500)
         within &= lost + double_double.ERROR <= NEAR * share
         return result.high, within & is_rounded(result, result.high * (lost + double_double.ERROR) / share)
 
@@ -658,7 +658,10 @@ def are_apart(few: Floats, lost: Floats) -> bool:
 
 def is_rounded(value: double_double.Double, error: Floats) -> Array:
     """Return whether all numbers within an error of the sum of two components round to the first."""
-    rounded: Array = (value.high + (value.low + error) == value.high) & (value.high + (value.low - error) == value.high)
+    # The ends are rounded outwards: an error that is too small to move half a unit moves it off the half.
+    most = np.where(error > 0, np.nextafter(value.low + error, np.inf), value.low)
+    least = np.where(error > 0, np.nextafter(value.low - error, -np.inf), value.low)
+    rounded: Array = (value.high + most == value.high) & (value.high + least == value.high)
     return rounded
 
 
@@ -782,7 +785,7 @@ def _from_binary(space: Space, strings: Array) -> Floats:
         exponents = (exponents - odd) // 2
         good &= is_rounded(value, value.high * double_double.ERROR)
     result: Floats = np.ldexp(value.high, exponents)
-    good &= (result >= SMALLEST_NORMAL) | (value.high == 0)  # among subnormal numbers it was rounded once more
+    good &= (result > SMALLEST_NORMAL) | (value.high == 0)  # among subnormal numbers it was rounded once more
     for p in np.nonzero(~good)[0]:
         result[p] = distance_of(space, *binary_from(strings[p]))
     return result

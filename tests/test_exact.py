@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import itertools
+import math
 import pickle
 import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -546,3 +548,24 @@ def test_bounds_are_where_they_are_used():
     # A planted fault in one place must not leave another in force.
     assert exact.Values is Values
     assert Values.interval.__globals__["interval"] is bounds.interval
+
+
+@pytest.mark.parametrize(
+    ("metric", "query", "corpus", "expected"),
+    [
+        # Squared norms are within the range, their product is not.
+        ("cosine", [[3e-49, 2e-49]], [[1e-113, 5e-113], [-1, 0]], 1 - 13 / math.sqrt(13 * 26)),
+        # Half way between two numbers, and a little more.
+        ("cityblock", [[0, 0, 0]], [[1, 2.0**-53, 2.0**-200], [9, 9, 9]], 1 + 2.0**-52),
+        # Rounded to the smallest normal number, and from there once more.
+        ("sqeuclidean", [[0] * 4], np.ldexp([[1073741269, 1091719, 1655, 50]], -541), None),
+    ],
+)
+def test_distances_at_the_edges_of_what_is_certain(metric, query, corpus, expected):
+    query, corpus = np.array(query, np.float64), np.array(corpus, np.float64)
+    if expected is None:
+        expected = float(sum(Fraction(x) ** 2 for x in corpus[0].tolist()))
+    for backend in ("numpy", "numba", "python"):
+        for rows in (corpus, [corpus[:1], corpus[1:]] if len(corpus) > 1 else [corpus]):
+            found = knn(query, rows, 1, metric, backend=backend, accuracy="exact")
+            assert found.distances[0, 0] == pytest.approx(expected, rel=1e-15 if metric == "cosine" else 0, abs=0)

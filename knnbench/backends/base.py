@@ -215,7 +215,7 @@ class Backend(ABC):
         indices : (n_queries, k) native array of int64
         """
 
-    def spare(self, k: int, space: Space) -> int:
+    def spare(self, k: int, n_queries: int, space: Space) -> int:
         """Return how many candidates more than k to ask `candidates` for, so that most queries are proved by them.
 
         On ordinary data the last of them lies farther from the k-th than any bound; the queries for which it does not

@@ -181,14 +181,14 @@ class NumbaBackend(HostBackend):
         """Return the k nearest."""
         return self._search(queries, prepared, k, space, budget, tile_kernels(space))[:2]
 
-    def spare(self, k: int, space: Space) -> int:
-        """Return one for largest differences, which are ranked by float64: the next is farther, or ties exactly."""
-        return 1 if space.form.reduce is max else super().spare(k, space)
+    def spare(self, k: int, n_queries: int, space: Space) -> int:
+        """Return one for largest differences that are ranked by float64: the next is farther, or ties exactly."""
+        return 1 if ranks_exactly(n_queries, space) else super().spare(k, n_queries, space)
 
     def candidates(self, queries: Native, prepared: TileCorpus, count: int, space: Space, budget: int) -> Candidates:
         """Return what `knn` proves, and for largest differences the nearest of exact arithmetic, as the kernels rank
         them."""
-        if space.form.reduce is not max or len(queries) <= FEW_QUERIES:
+        if not ranks_exactly(len(queries), space):
             return super().candidates(queries, prepared, count, space, budget)
         kernels = tile_kernels(space, exact=True)
         values, indices, is_sure = self._search(queries, prepared, count, space, budget, kernels)
@@ -365,6 +365,11 @@ class _Tasks:
     def share_panels(self, n_bytes: int) -> bool:
         """Return whether blocks should share panels of the whole corpus that take so many bytes."""
         return len(self.blocks) >= (2 if n_bytes <= SHARED_BYTES else SHARED_BLOCKS)
+
+
+def ranks_exactly(n_queries: int, space: Space) -> bool:
+    """Return whether candidates are ranked by float64: largest differences, and more queries than are taken singly."""
+    return space.form.reduce is max and n_queries > FEW_QUERIES
 
 
 class _LinearLoss(LinearLoss):

@@ -39,6 +39,9 @@ WISDOM_VARIABLE = "KNNBENCH_WISDOM"
 # say little of others.
 SUFFICIENT = 18
 
+# From so many exact searches of a kind on, what a proof takes is fitted to them.
+SUFFICIENT_PROOFS = 6
+
 # Of a backend's measurements the last so many count: a prediction looks at all of them.
 MOST_SAMPLES = 400
 
@@ -261,8 +264,14 @@ class Wisdom:
         # Where no exact search was measured, it is taken for a fast one.
         kinds: list[Any] = [group, as_fast(group)]
         asked = [Problem(op, 1, 1, 1, 1, *kind) for _, op, *kind in kinds]
+        # What a proof takes is not fitted to a few exact searches, however many fast ones there are.
+        is_few = group != as_fast(group) and len(self.samples(group)) < SUFFICIENT_PROOFS
         for quantity in QUANTITIES:
-            costs = ((problem, find(pool, quantity)) for problem in asked for find in finds)
+            costs = (
+                (problem, find(pool, quantity))
+                for problem in asked
+                for find in (finds[1:] if is_few and problem is asked[0] else finds)
+            )
             found = next((cost for problem, cost in costs if cost is not None and cost.knows(problem)), None)
             if found is not None:
                 result[quantity] = found
