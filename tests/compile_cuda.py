@@ -376,7 +376,7 @@ def faulty_linear_sources():
     """Return sources of losses of linear models with faults that must be found."""
     plants = {
         "constant": ("word[0], two_23,", "word[0], 0x4b000000,"),
-        "spill": ("__launch_bounds__(32 * most_models, 3)", "__launch_bounds__(32 * most_models, 4)"),
+        "spill": ("__launch_bounds__(32 * most_models, 3)", "__launch_bounds__(32 * most_models, 8)"),
         "literal": ("acc[r][c] = fma(value,", "acc[r][c] = 1.1 * fma(value,"),
     }
     source = loss_kernel(np.dtype(np.uint8), np.dtype(np.float32), 784, CLASSES, MOST_MODELS).source

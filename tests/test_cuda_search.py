@@ -206,6 +206,7 @@ GROUP_FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("correct", "faulty"), GROUP_FAULTS, ids=[faulty for _, faulty in GROUP_FAULTS])
 def test_a_planted_fault_of_groups_shows(correct, faulty, rng):
     # In a process of its own, as the emulator ends it where a barrier is misused.

@@ -176,7 +176,8 @@ def test_rows_as_halves(rng, compiled):
     assert not halves[:, 37:].any()
     np.testing.assert_allclose(norms, (scaled.astype(np.float64) ** 2).sum(axis=1), rtol=1e-6)
     rest = (scaled - expected.astype(np.float64)) ** 2
-    np.testing.assert_allclose(lost, rest.sum(axis=1), rtol=1e-6)
+    # And what may have underflowed.
+    np.testing.assert_allclose(lost, rest.sum(axis=1) + 40 * np.finfo(np.float32).tiny, rtol=1e-6)
     assert np.isinf(lost[4])
 
 
@@ -208,7 +209,9 @@ def test_a_write_outside_an_argument_shows(offset, where, compiled):
 GROUP_CASES = "few_queries or halves or blocks_do_not_show or small_budget"
 
 
-@pytest.mark.parametrize(("groups", "chosen"), [("0", ""), ("1", GROUP_CASES)])
+@pytest.mark.parametrize(
+    ("groups", "chosen"), [("0", ""), pytest.param("1", GROUP_CASES, marks=pytest.mark.slow)], ids=["warps", "groups"]
+)
 def test_the_cases_on_the_stand_in(groups, chosen, compiled):
     environment = {**os.environ, "KNNBENCH_CASES": "cupy", "KNNBENCH_WGMMA": groups}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.fake_cupy", str(CASES)]

@@ -207,7 +207,9 @@ def libraries(monkeypatch):
     cupy, torch, cuda = (types.ModuleType(name) for name in ("cupy", "torch", "numba.cuda"))
     cupy.asarray, torch.as_tensor, cuda.as_cuda_array = taken("cupy"), taken("torch"), taken("numba")
     cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: stream(11))
-    torch.cuda = types.SimpleNamespace(current_stream=lambda: stream(22), ExternalStream=stream)
+    torch.cuda = types.SimpleNamespace(
+        current_stream=lambda: stream(22), default_stream=lambda: stream(0), ExternalStream=stream
+    )
     for module in (cupy, torch, cuda):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return log
