@@ -453,6 +453,22 @@ def test_exact_searches_that_were_never_measured_are_taken_for_fast_ones(plant):
     assert found.predict(exact).seconds == pytest.approx(expected, rel=0.2)
 
 
+@pytest.mark.parametrize("name", ["quick", "numba"])  # without defaults, and with
+def test_what_a_proof_takes_is_not_fitted_to_one_search(plant, name):
+    plant(quick=Planted)
+    wisdom.wisdom().add(samples_of(name, 2e-11))
+    small, large = (
+        Problem("knn", *size, "euclidean", "float32", accuracy="exact")
+        for size in ((10, 1000, 4, 1), (5000, 2000, 300, 50))
+    )
+    wisdom.wisdom().add([Sample(name, backend_version(name), small, {"call": 3.5e-4})])
+    fast, found = (
+        wisdom.wisdom().costs((name, *p.group))["call"].predict(p).seconds
+        for p in (replace(large, accuracy="fast"), large)
+    )
+    assert found < 5 * fast
+
+
 def test_the_last_of_equal_samples_counts(plant):
     plant(quick=Planted)
     first = samples_of("quick", 1e-8)

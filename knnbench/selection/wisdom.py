@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -39,7 +40,7 @@ WISDOM_VARIABLE = "KNNBENCH_WISDOM"
 # say little of others.
 SUFFICIENT = 18
 
-# From so many exact searches of a kind on, what a proof takes is fitted to them.
+# From so many exact searches of a dtype on, what a proof takes is fitted to them.
 SUFFICIENT_PROOFS = 6
 
 # Of a backend's measurements the last so many count: a prediction looks at all of them.
@@ -264,14 +265,8 @@ class Wisdom:
         # Where no exact search was measured, it is taken for a fast one.
         kinds: list[Any] = [group, as_fast(group)]
         asked = [Problem(op, 1, 1, 1, 1, *kind) for _, op, *kind in kinds]
-        # What a proof takes is not fitted to a few exact searches, however many fast ones there are.
-        is_few = group != as_fast(group) and len(self.samples(group)) < SUFFICIENT_PROOFS
         for quantity in QUANTITIES:
-            costs = (
-                (problem, find(pool, quantity))
-                for problem in asked
-                for find in (finds[1:] if is_few and problem is asked[0] else finds)
-            )
+            costs = ((problem, find(pool, quantity)) for problem in asked for find in finds)
             found = next((cost for problem, cost in costs if cost is not None and cost.knows(problem)), None)
             if found is not None:
                 result[quantity] = found
@@ -299,7 +294,11 @@ class Wisdom:
         return self._pooled[key]
 
     def _measured(self, pool: Pool, quantity: str) -> list[Sample]:
-        return [sample for sample in self._pool(pool) if quantity in sample.seconds][-MOST_SAMPLES:]
+        samples = [sample for sample in self._pool(pool) if quantity in sample.seconds]
+        # What a proof takes is not fitted to a few exact searches, however many fast ones there are.
+        proofs = Counter(sample.problem.dtype for sample in samples if sample.problem.is_proved)
+        few = {dtype for dtype, count in proofs.items() if count < SUFFICIENT_PROOFS}
+        return [s for s in samples if not (s.problem.is_proved and s.problem.dtype in few)][-MOST_SAMPLES:]
 
     def _defaults(self, pool: Pool, quantity: str) -> list[Sample]:
         return [s for s in self.shipped.samples.get(pool, {}).values() if quantity in s.seconds]
