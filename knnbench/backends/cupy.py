@@ -301,11 +301,11 @@ class CupyBackend(BlockwiseBackend):
 
     def _take_queries(self, queries: Native, prepared: BlockCorpus, space: Space) -> BlockCorpus:
         halves = halves_of(prepared)
-        block = super()._take_queries(queries, prepared, space)
         if halves is None:
-            return block
-        own = halved(block.rows, prepared.centre, halves.scale, in_panels=takes_panels(space, halves=True))
-        return SearchRows(block.rows, block.norms, halves=own)
+            return super()._take_queries(queries, prepared, space)
+        rows = self._prepared_rows(queries, space)
+        own = halved(rows, prepared.centre, halves.scale, in_panels=takes_panels(space, halves=True))
+        return SearchRows(rows, halves=own)
 
     def _take(self, rows: Native, centre: Native | None, space: Space) -> SearchRows:
         if centre is not None and space.form.from_dot is not None:

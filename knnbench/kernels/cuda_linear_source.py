@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .cuda_source import ASYNC_COPIES, SHARED_ADDRESS, TYPES
+from .cuda_source import ASYNC_COPIES, SHARED_ADDRESS, TYPES, WARP_SUMS
 
 __all__ = ["CHUNK", "CLASSES", "MOST_MODELS", "UNIT", "LossKernel", "loss_kernel", "row_chunks"]
 
@@ -72,8 +72,8 @@ struct alignas(16) Reals { real of[per_load]; };
 
 #ifdef __CUDACC__
 __device__ bool any_of_warp(bool x) { return __any_sync(~0u, x); }
-template <typename T> __device__ T of_lane(T x, u32 mask) { return __shfl_xor_sync(~0u, x, mask); }
 #endif
+$warp_sums
 $async_copies
 
 template <typename T> __device__ T read_as(u32 bits)
@@ -262,10 +262,7 @@ extern "C" __global__ void __launch_bounds__(32 * most_models, $blocks) losses(
     }
     #pragma unroll
     for (u32 u = 0; u < units_here; ++u) {
-        double sum = total[u] + double(strange);
-        #pragma unroll
-        for (u32 mask = 16; mask > 0; mask /= 2)
-            sum += of_lane(sum, mask);
+        const double sum = sum_of_warp(total[u] + double(strange));
         const u64 place = u64(blockIdx.x) * units_here + u, n_units = (n_samples + unit - 1) / unit;
         if (lane == 0 && model < n_models && place < n_units)
             sums[model * n_units + place] = sum;
@@ -357,6 +354,7 @@ def _source(element: str, real: str, n_columns: int, in_parts: bool) -> str:
         unit=UNIT,
         # What the registers of a multiprocessor have room for.
         blocks=2 if in_parts else 3,
+        warp_sums=WARP_SUMS,
         async_copies=SHARED_ADDRESS + ASYNC_COPIES,
     )
 

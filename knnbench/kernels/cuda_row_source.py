@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .cuda_source import TYPES
+from .cuda_source import TYPES, WARP_SUMS
 
 __all__ = ["ROWS_A_BLOCK", "THREADS", "halve_source", "norms_source", "pack_source", "scan_source", "unit_source"]
 
@@ -18,21 +18,7 @@ THREADS = 128
 
 ROWS_A_BLOCK = THREADS // 32
 
-COMMON = r"""
-typedef long long size;
-
-#ifdef __CUDACC__
-template <typename T> __device__ T of_lane(T x, unsigned mask) { return __shfl_xor_sync(~0u, x, mask); }
-#endif
-
-template <typename T> __device__ T sum_of_warp(T x)
-{
-    #pragma unroll
-    for (unsigned mask = 16; mask > 0; mask /= 2)
-        x += of_lane(x, mask);
-    return x;
-}
-"""
+COMMON = "typedef long long size;\n" + WARP_SUMS
 
 # What all kernels begin with; the end of a grid may have more warps than there are rows.
 ROW = r"""

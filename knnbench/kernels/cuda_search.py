@@ -44,7 +44,7 @@ import numpy as np
 
 from knnbench.metrics import Space, add_absolute, dot_itself, keep_largest, squares_from_dot
 
-from .cuda_source import ASYNC_COPIES, EXPRESSIONS, SHARED_ADDRESS, TYPES
+from .cuda_source import ASYNC_COPIES, EXPRESSIONS, SHARED_ADDRESS, TYPES, WARP_SUMS
 
 __all__ = [
     "AGAIN_THREADS",
@@ -834,10 +834,6 @@ extern "C" __global__ void __launch_bounds__($threads) merge(
 AGAIN = string.Template(r"""
 typedef $element element;
 
-#ifdef __CUDACC__
-__device__ element of_lane(element x, u32 mask) { return __shfl_xor_sync(~0u, x, mask); }
-#endif
-
 // The squared distances of some rows of the corpus to each query, by differences; lists as `merge` takes them. A block
 // for each query, a warp for each row.
 extern "C" __global__ void __launch_bounds__($threads) recompute(
@@ -855,9 +851,7 @@ extern "C" __global__ void __launch_bounds__($threads) recompute(
             const element difference = a[f] - b[f];
             sum += difference * difference;
         }
-        #pragma unroll
-        for (u32 mask = 16; mask > 0; mask /= 2)
-            sum += of_lane(sum, mask);
+        sum = sum_of_warp(sum);
         if (lane == 0) {
             keys[size_t(e) * n_queries + query] = ordered(sum);
             rows[size_t(e) * n_queries + query] = row;
@@ -887,7 +881,7 @@ def recompute_source(dtype: np.dtype[Any]) -> str:
     element = TYPES[dtype.name]
     common = COMMON.substitute(key=TYPES[f"uint{8 * dtype.itemsize}"])
     merge = MERGE.substitute(ranked=element, threads=MERGE_THREADS)
-    return common + AGAIN.substitute(element=element, threads=AGAIN_THREADS) + merge
+    return common + WARP_SUMS + AGAIN.substitute(element=element, threads=AGAIN_THREADS) + merge
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,17 @@ from typing import Any
 
 from knnbench.metrics import Space, add_absolute, add_square, keep_largest
 
-__all__ = ["ASYNC_COPIES", "EXPRESSIONS", "PAIR_THREADS", "SHARED_ADDRESS", "THREADS", "TILE", "TYPES", "direct_source"]
+__all__ = [
+    "ASYNC_COPIES",
+    "EXPRESSIONS",
+    "PAIR_THREADS",
+    "SHARED_ADDRESS",
+    "THREADS",
+    "TILE",
+    "TYPES",
+    "WARP_SUMS",
+    "direct_source",
+]
 
 THREADS = 16
 """Threads along each side of a block of `accumulate_block`."""
@@ -39,6 +49,21 @@ TYPES = {
     "float32": "float",
     "float64": "double",
 }
+
+WARP_SUMS = r"""
+#ifdef __CUDACC__
+template <typename T> __device__ T of_lane(T x, unsigned mask) { return __shfl_xor_sync(~0u, x, mask); }
+#endif
+
+template <typename T> __device__ T sum_of_warp(T x)
+{
+    #pragma unroll
+    for (unsigned mask = 16; mask > 0; mask /= 2)
+        x += of_lane(x, mask);
+    return x;
+}
+"""
+"""What all threads of a warp have together, in an order that is always the same; each thread is given it."""
 
 SHARED_ADDRESS = r"""
 #ifdef __CUDACC__
