@@ -130,7 +130,14 @@ def direct_floor(space: Space, last: Array) -> Floats:
     return _of_exact_rows(space, below if np.isfinite(relative) else np.full(values.shape, -np.inf))
 
 
-def gram_floor(space: Space, last: Array, query_norms: Array, largest_norm: float) -> Floats:
+def gram_floor(
+    space: Space,
+    last: Array,
+    query_norms: Array,
+    largest_norm: float,
+    error: float | None = None,
+    dtype: npt.DTypeLike | None = None,
+) -> Floats:
     """Return below which value no row can be that a selection by the Gram form left out.
 
     Parameters
@@ -143,6 +150,10 @@ def gram_floor(space: Space, last: Array, query_norms: Array, largest_norm: floa
         Squared norms of the centred queries, computed in the dtype.
     largest_norm : float
         That of the corpus rows.
+    error : float, optional
+        The declared error, by default `Space.gram_error`.
+    dtype : dtype, optional
+        Computed in; by default that of the rows.
 
     Returns
     -------
@@ -154,13 +165,14 @@ def gram_floor(space: Space, last: Array, query_norms: Array, largest_norm: floa
     Of a row c that was left out, ``v(c) >= last`` and ``e(c) >= last - G (|q|^2 + |c|^2)``. If ``e(c) < last`` then
     ``|c| <= |q| + sqrt(last)``, which needs no look at the row.
     """
+    error, info = space.gram_error if error is None else error, np.finfo(space.dtype if dtype is None else dtype)
     values = np.maximum(np.asarray(last, np.float64), 0)
     norms = np.asarray(query_norms, np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         spread = norms + (np.sqrt(norms) + np.sqrt(values)) ** 2
-        below = values - space.gram_error * spread - 8 * space.n_features * float(np.finfo(space.dtype).tiny)
+        below = values - error * spread - 8 * space.n_features * float(info.tiny)
         # A comparison with NaN is false.
-        known = (norms + largest_norm <= float(np.finfo(space.dtype).max) / 4) & (space.gram_error < LARGEST)
+        known = (norms + largest_norm <= float(info.max) / 4) & (error < LARGEST)
     return _of_exact_rows(space, np.where(known, below, -np.inf))
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numba
@@ -18,7 +19,7 @@ from llvmlite import binding, ir
 
 from knnbench import InvalidInputError, UnsupportedError, knn, pairwise, prepare
 from knnbench.backends import get_backend
-from knnbench.kernels import cpu_probes, cpu_tiles
+from knnbench.kernels import cpu_digits, cpu_probes, cpu_tiles
 from knnbench.kernels.cpu_loops import (
     LIST_LANES,
     configure_matrix_unit,
@@ -38,11 +39,12 @@ from knnbench.kernels.cpu_simd import (
     vectors_of,
 )
 from knnbench.kernels.cpu_tiles import (
+    FILTERS,
     NARROW_PRODUCTS,
     OPERATION_OF,
     Plan,
     compiled_kernels,
-    filter_of,
+    filters_of,
     kept_rows,
     plan_of,
     tile_kernels,
@@ -222,10 +224,35 @@ def test_what_centring_takes_away_is_given_back(rng, monkeypatch):
 # --- the filter of floats
 
 
-def filtered(queries, corpus, k, metric, centre, error):
+HAS_MATRIX_UNIT = not LEVELS["amx"].lacks(cpu_features()) and LEVELS["amx"].is_allowed()
+
+FILTERED = [
+    "sqeuclidean product",
+    "sqeuclidean digits emulated",
+    pytest.param("sqeuclidean digits", marks=pytest.mark.skipif(not HAS_MATRIX_UNIT, reason="no matrix unit (AMX)")),
+    "cityblock larger",
+]
+
+
+def filter_named(name):
+    """Return the metric and the filter of one of `FILTERED`."""
+    metric, key = name.split()[:2]
+    kind = OPERATION_OF[METRICS[metric].floating.accumulate]
+    return metric, next(found for found in FILTERS[kind] if found.operation == key)
+
+
+def filtering(name, dtype, n_features):
+    """Return the space and the kernels of a filter."""
+    metric, found = filter_named(name)
+    space = Space(METRICS[metric], np.dtype(dtype), n_features)
+    level = LEVELS["amx"] if found.key == "digits" else simd_level()
+    features = frozenset() if "emulated" in name else cpu_features()
+    return space, compiled_kernels(plan_of(space, level, features, found=found), space)
+
+
+def filtered(queries, corpus, k, name, centre, error):
     """Return which queries the filtering kernels leave in doubt, and the lists of the others; None if it gave up."""
-    space = Space(METRICS[metric], queries.dtype, queries.shape[1])
-    kernels = compiled_kernels(plan_of(space, simd_level(), cpu_features(), filtered=True), space)
+    space, kernels = filtering(name, queries.dtype, queries.shape[1])
     work, kept = kernels.workspace(len(queries), space.n_features, centre), kept_rows(k, len(corpus))
     values, indices = np.empty((len(queries), k), space.ranked), np.empty((len(queries), k), np.int64)
     lists, in_doubt = kernels.lists(len(queries), kept, len(corpus)), np.empty(len(queries), bool)
@@ -238,9 +265,9 @@ def filtered(queries, corpus, k, metric, centre, error):
     return in_doubt, values[~in_doubt], indices[~in_doubt]
 
 
-def declared(metric, dtype, n_features):
-    space = Space(METRICS[metric], np.dtype(dtype), n_features)
-    return filter_of(space).error(space)
+def declared(name, dtype, n_features):
+    metric, found = filter_named(name)
+    return found.error(Space(METRICS[metric], np.dtype(dtype), n_features))
 
 
 def direct(queries, corpus, k, metric):
@@ -262,47 +289,42 @@ def close_together(rng, dtype):
     return corpus[:5] + dtype(1e-3), corpus
 
 
-FILTERED = ["sqeuclidean", "cityblock"]
-
-
 @pytest.mark.parametrize("k", [1, 3, 40, 200])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("metric", FILTERED)
-def test_what_the_filter_proves_is_what_the_direct_form_gives(metric, dtype, k, rng):
+@pytest.mark.parametrize("name", FILTERED)
+def test_what_the_filter_proves_is_what_the_direct_form_gives(name, dtype, k, rng):
     queries, corpus = rng.normal(size=(9, 64)).astype(dtype), rng.normal(size=(4000, 64)).astype(dtype)
     corpus[1000:2000] = corpus[:1000]  # ties
-    in_doubt, values, indices = filtered(
-        queries, corpus, k, metric, corpus[:50].mean(axis=0), declared(metric, dtype, 64)
-    )
+    in_doubt, values, indices = filtered(queries, corpus, k, name, corpus[:50].mean(axis=0), declared(name, dtype, 64))
     assert in_doubt.mean() < 0.5
-    expected_values, expected_indices = direct(queries[~in_doubt], corpus, k, metric)
+    expected_values, expected_indices = direct(queries[~in_doubt], corpus, k, name.split()[0])
     assert_identical(values, expected_values)
     assert_identical(indices, expected_indices)
 
 
-@pytest.mark.parametrize("metric", FILTERED)
-def test_without_its_error_the_filter_would_lose_neighbours(metric, rng):
+@pytest.mark.parametrize("name", ["sqeuclidean product", "cityblock larger"])
+def test_without_its_error_the_filter_would_lose_neighbours(name, rng):
     # The filter rounds by about as much as the distances of the nearest differ.
-    offset = 10 if metric == "sqeuclidean" else 100
+    offset = 10 if "product" in name else 100
     corpus = (offset + rng.normal(size=(2000, 64)) * 0.3).astype(np.float32)
     queries, centre = (offset + rng.normal(size=(500, 64)) * 0.3).astype(np.float32), np.zeros(64, np.float32)
-    for error, loses in ((0.0, True), (declared(metric, np.float32, 64), False)):
-        in_doubt, values, indices = filtered(queries, corpus, 3, metric, centre, error)
+    for error, loses in ((0.0, True), (declared(name, np.float32, 64), False)):
+        in_doubt, values, indices = filtered(queries, corpus, 3, name, centre, error)
         assert in_doubt.mean() < 0.5
-        best, nearest = direct(queries[~in_doubt], corpus, 3, metric)
+        best, nearest = direct(queries[~in_doubt], corpus, 3, name.split()[0])
         assert (values != best).any() == (indices != nearest).any() == loses
 
 
-@pytest.mark.parametrize("metric", FILTERED)
-def test_a_filter_that_is_of_no_use_says_so(metric, rng):
+@pytest.mark.parametrize("name", FILTERED)
+def test_a_filter_that_is_of_no_use_says_so(name, rng):
     queries, corpus = close_together(rng, np.float32)
-    in_doubt, _, _ = filtered(queries, corpus, 3, metric, np.zeros(64, np.float32), declared(metric, np.float32, 64))
+    in_doubt, _, _ = filtered(queries, corpus, 3, name, np.zeros(64, np.float32), declared(name, np.float32, 64))
     assert in_doubt.all()
 
 
 def test_more_equal_rows_than_are_kept_leave_doubt(rng):
     corpus = np.repeat(rng.normal(size=(100, 64)).astype(np.float32), 40, axis=0)
-    in_doubt, _, _ = filtered(corpus[:2], corpus, 3, "cityblock", np.zeros(64, np.float32), 1e-6)
+    in_doubt, _, _ = filtered(corpus[:2], corpus, 3, "cityblock larger", np.zeros(64, np.float32), 1e-6)
     assert in_doubt.all()
     assert (
         knn(corpus[::400], corpus, 3, "cityblock", backend="numba").indices
@@ -310,11 +332,12 @@ def test_more_equal_rows_than_are_kept_leave_doubt(rng):
     ).all()
 
 
-@pytest.mark.parametrize("metric", FILTERED)
-def test_a_filter_gives_up_where_norms_overflow(metric, rng):
+@pytest.mark.parametrize("name", FILTERED)
+def test_a_filter_gives_up_where_norms_overflow(name, rng):
+    metric = name.split()[0]
     scale = 1e19 if metric == "sqeuclidean" else 1e37
     corpus = ((10 + rng.normal(size=(2000, 64)) * 1e-3) * scale).astype(np.float32)
-    assert filtered(corpus[:8], corpus, 3, metric, np.zeros(64, np.float32), 1e-6) is None
+    assert filtered(corpus[:8], corpus, 3, name, np.zeros(64, np.float32), 1e-6) is None
     # The search as a whole goes on by the direct form.
     distances, indices = knn(corpus[:8], prepare(corpus, metric, backend="numba"), 1)
     assert (distances == 0).all()
@@ -325,12 +348,14 @@ def test_a_filter_gives_up_where_norms_overflow(metric, rng):
 def test_queries_in_doubt_are_searched_again(share, rng, monkeypatch):
     module = sys.modules["knnbench.backends.numba"]
     monkeypatch.setattr(module, "TASK_QUERIES", 64)
-    searched = []
-    search = module._Search._search
+    searched, search = [], module._Direct.__call__
     monkeypatch.setattr(
-        module._Search,
-        "_search",
-        lambda self, block, *args: (searched.append(len(block)), search(self, block, *args))[1],
+        module._Direct,
+        "__call__",
+        lambda self, prepared, rows, block, *args: (
+            searched.append(len(block)),
+            search(self, prepared, rows, block, *args),
+        )[1],
     )
     corpus = rng.normal(size=(4000, 64)).astype(np.float32)
     corpus[:60] = corpus[0]  # more equal rows than are kept
@@ -345,23 +370,145 @@ def test_queries_in_doubt_are_searched_again(share, rng, monkeypatch):
     assert max(searched) < 64 if share < 0.5 else max(searched) == 64
 
 
-def test_a_filter_knows_what_underflows(rng):
+@pytest.mark.parametrize("name", [name for name in FILTERED if name != "cityblock larger"])
+def test_a_filter_knows_what_underflows(name, rng):
     scale = np.float32(5e-23)  # of which squares are a few of the smallest numbers
     queries, corpus = (rng.normal(size=(n, 64)).astype(np.float32) * scale for n in (200, 6000))
     in_doubt, values, indices = filtered(
-        queries, corpus, 5, "sqeuclidean", np.zeros(64, np.float32), declared("sqeuclidean", np.float32, 64)
+        queries, corpus, 5, name, np.zeros(64, np.float32), declared(name, np.float32, 64)
     )
     expected_values, expected_indices = direct(queries[~in_doubt], corpus, 5, "sqeuclidean")
     assert_identical(values, expected_values)
     assert_identical(indices, expected_indices)
 
 
-def test_operations_are_those_of_the_filter():
+@pytest.mark.parametrize("level", [level for level in LEVELS.values() if level in RUN or level == simd_level()])
+def test_operations_are_those_of_the_first_filter(level, at_level):
+    at_level(level)
+    numba_backend = get_backend("numba")
     for metric, operation in (("euclidean", "product"), ("cityblock", "larger")):
         space = Space(METRICS[metric], np.dtype(np.float32), 128)
-        assert tile_kernels(space, filtered=True).plan.panels.operation.name == f"{operation}-float32"
-        assert get_backend("numba").operations(space, "knn") == {"fma-float32": 1}
-        assert get_backend("numba").operations(space, "pairwise") == {"add-float32": 1, "fma-float32": 1}
+        first = filters_of(space)[0]
+        has_digits = metric == "euclidean" and level.has_matrix
+        expected = "digits" if has_digits else operation
+        assert tile_kernels(space, first).plan.panels.operation.name == f"{expected}-float32"
+        assert numba_backend.operations(space, "knn") == ({"matrix-uint8": 3} if has_digits else {"fma-float32": 1})
+        assert numba_backend.operations(space, "pairwise") == {"add-float32": 1, "fma-float32": 1}
+
+
+# --- rows as two digits
+
+
+DIGITS = [name for name in FILTERED if "digits" in str(name)]
+
+
+def keys_of_all(name, queries, corpus, centre):
+    """Return the keys of all pairs, less than 128 corpus rows, and the squared norms of the queries."""
+    space, kernels = filtering(name, queries.dtype, queries.shape[1])
+    n = len(corpus)
+    work, (values, indices, counts) = (
+        kernels.workspace(len(queries), space.n_features, centre),
+        kernels.lists(len(queries), n, n),
+    )
+    assert kernels.knn(queries, corpus, 0, n, *work, n, values, indices, counts)
+    keys = np.empty((len(queries), n))
+    np.put_along_axis(keys, indices[:, :n], values[:, :n], axis=1)
+    return keys, work.query_norms[: len(queries)].astype(float)
+
+
+def exact_squares(queries, corpus):
+    """Return squared distances without an error: of floats as rationals, rounded to float64 once."""
+    rows = [[[Fraction(float(x)) for x in row] for row in given] for given in (queries, corpus)]
+    return np.array([[float(sum((a - b) ** 2 for a, b in zip(q, c, strict=True))) for c in rows[1]] for q in rows[0]])
+
+
+def digit_data(kind, dtype, n_features, rng):
+    """Return queries, corpus rows and a centre on which the digits of a row are put to the test."""
+    queries, corpus = (rng.normal(size=(n, n_features)) for n in (9, 35))
+    centre = np.zeros(n_features)
+    if kind == "far":
+        queries, corpus, centre = queries + 1000, corpus + 1000, np.full(n_features, 1000.0)
+    elif kind == "sparse":
+        queries, corpus = queries * (rng.random(queries.shape) < 0.1), corpus * (rng.random(corpus.shape) < 0.1)
+        corpus[3] = 0
+        queries[2] = 0
+    elif kind == "spike":
+        # One feature sets the power of two, all others are low digits only, and largest ones: what is left out most.
+        queries[:], corpus[:] = 127, 127 * np.sign(rng.normal(size=(35, 1)))
+        queries[:, 0] = corpus[:, 1] = 127 * 256
+    elif kind == "halves":
+        # All features lie between two whole numbers of the last digit.
+        queries[:], corpus[:] = 0.5, 0.5 * np.sign(rng.normal(size=(35, 1)))
+        queries[:, 0] = corpus[:, 1] = 127 * 256
+    elif kind == "scales":
+        queries *= 2.0 ** rng.integers(-20, 20, (9, 1))
+        corpus *= 2.0 ** rng.integers(-20, 20, (35, 1))
+    return queries.astype(dtype), corpus.astype(dtype), centre.astype(dtype)
+
+
+DIGIT_KINDS = ["normal", "far", "sparse", "spike", "halves", "scales"]
+
+
+def excess(name, kind, dtype, n_features, rng):
+    """Return by how much keys are above exact values, and below them, in what is declared, at the most."""
+    queries, corpus, centre = digit_data(kind, dtype, n_features, rng)
+    keys, norms = keys_of_all(name, queries, corpus, centre)
+    _, found = filter_named(name)
+    space = Space(METRICS["sqeuclidean"], np.dtype(dtype), n_features)
+    lengths = [((rows.astype(float) - centre) ** 2).sum(axis=1) for rows in (queries, corpus)]
+    sums = lengths[0][:, None] + lengths[1]
+    off = keys + norms[:, None] - exact_squares(queries, corpus)
+    unit = np.maximum(sums, np.finfo(float).tiny)
+    return (off / unit).max() / found.exact_error(space), (-off / unit).max()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", DIGIT_KINDS)
+@pytest.mark.parametrize("name", DIGITS)
+def test_no_exact_value_is_below_a_key_of_digits(name, kind, dtype, rng):
+    for n_features in (64, 65, 127, 300):
+        above, below = excess(name, kind, dtype, n_features, rng)
+        assert above <= 1
+        # And a key is of use: within a few thousandths of the squared lengths, but for rows of low digits only.
+        assert below <= (2 if kind in ("spike", "halves") else 0.01)
+
+
+@pytest.mark.parametrize("kind", ["spike", "halves"])
+def test_keys_without_their_bound_would_be_above_exact_values(kind, rng, monkeypatch):
+    monkeypatch.setattr(cpu_digits, "SLACK", 0.0)
+    caches = cpu_digits.digit_kernels, cpu_tiles._compiled
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        assert excess("sqeuclidean digits emulated", kind, np.float32, 300, rng)[0] > 1
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+@pytest.mark.skipif(not HAS_MATRIX_UNIT, reason="no matrix unit (AMX)")
+@pytest.mark.parametrize("n_features", [64, 65, 784])
+def test_the_matrix_unit_gives_the_keys_of_its_emulation(n_features, rng):
+    queries, corpus, centre = digit_data("normal", np.float32, n_features, rng)
+    queries = np.tile(queries, (8, 1))
+    found, norms = keys_of_all("sqeuclidean digits", queries, corpus, centre)
+    expected_keys, expected_norms = keys_of_all("sqeuclidean digits emulated", queries, corpus, centre)
+    assert_identical(found, expected_keys)
+    assert_identical(norms, expected_norms)
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_digits_that_were_packed_before_give_the_same(name, rng):
+    queries, corpus = (rng.normal(size=(n, 100)).astype(np.float32) for n in (70, 1001))
+    _, kernels = filtering(name, np.float32, 100)
+    packing = kernels.packing(len(corpus), 100, np.zeros(100, np.float32))
+    kernels.pack(corpus, 0, len(packing.panels), *packing)
+    answers = []
+    for work in (kernels.workspace(70, 100, packing.centre), kernels.workspace(70, 100, packing=packing)):
+        lists = kernels.lists(70, 6, len(corpus))
+        assert kernels.knn(queries, corpus, 0, len(corpus), *work, 6, *lists)
+        answers.append([array[:, :6] for array in lists[:2]])
+    assert all(map(np.array_equal, *answers))
 
 
 # --- lists of the nearest
@@ -505,6 +652,21 @@ def test_a_matrix_unit_multiplies_two_tiles_by_two():
     (loop,) = (lines for lines in loops(asm) if any("tdpbuud" in line for line in lines))
     products = [re.findall(r"%tmm(\d)", line) for line in loop if "tdpbuud" in line]
     assert products == [["6", "4", "0"], ["7", "4", "1"], ["6", "5", "2"], ["7", "5", "3"]]
+
+
+def test_a_matrix_unit_multiplies_digits():
+    form = Vectors(OPERATIONS["digits-float32"], 64, 32, "llvm.x86.tdpbssd")
+
+    def emit(builder, queries, panel, n_steps, out):
+        cpu_digits.products(builder, form, queries, panel, n_steps, out)
+        return []
+
+    asm = assembled(X86, "sapphirerapids", emit, optimised=False)
+    (loop,) = (lines for lines in loops(asm) if any("tdpbssd" in line for line in lines))
+    assert sum("tileloadd" in line for line in loop) == 6
+    products = [re.findall(r"%tmm(\d)", line) for line in loop if "tdpbssd" in line]
+    # High by high into 0 and 1; high by low, and low by high, into 2 and 3.
+    assert [product[2] for product in products] == ["0", "1", "2", "3", "2", "3"]
 
 
 def test_a_wrong_product_is_found_before_it_is_used(monkeypatch):

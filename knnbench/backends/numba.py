@@ -2,18 +2,22 @@
 
 import functools
 import math
+import sys
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from knnbench.blocking import block_shape, chunk_rows, slices
+from knnbench.bounds import gram_floor
 from knnbench.dtypes import Array
 from knnbench.kernels.cpu_linear import LinearKernels, Panels, linear_kernels
+from knnbench.kernels.cpu_lists import MANY, list_room
 from knnbench.kernels.cpu_rows import unit_rows
 from knnbench.kernels.cpu_simd import LEVELS, cpu_features, simd_level
-from knnbench.kernels.cpu_tiles import Filter, Packing, TileKernels, filter_of, kept_rows, list_room, tile_kernels
+from knnbench.kernels.cpu_tiles import Filter, Packing, TileKernels, Workspace, filters_of, kept_rows, tile_kernels
 from knnbench.metrics import Space
 from knnbench.ordering import merge_topk
 from knnbench.settings import LEVEL_VARIABLE, setting
@@ -51,6 +55,8 @@ CEILINGS_OF: dict[str, dict[str, float]] = {
     "product-int16": {"madd-int16": 1},
     "product-uint8": {"dot-uint8": 1},
     "product-uint8-matrix": {"matrix-uint8": 1},
+    "digits-float32": {"matrix-uint8": 3},
+    "digits-float64": {"matrix-uint8": 3},
 }
 for _dtype in ("float32", "float64"):
     CEILINGS_OF[f"product-{_dtype}"] = CEILINGS_OF[f"larger-{_dtype}"] = {f"fma-{_dtype}": 1}
@@ -148,8 +154,9 @@ class NumbaBackend(HostBackend):
 
     def keep(self, prepared: TileCorpus, space: Space, budget: int) -> TileCorpus:
         """Return the rows with panels of them all, packed for the kernels that most searches take."""
-        kernels = tile_kernels(space, filtered=_filter(space, 1, len(prepared)) is not None)
-        return packed_within(budget, prepared, kernels)
+        pays = space.n_features >= FILTERED_FEATURES and FILTERED_SHARE * kept_rows(1, len(prepared)) <= len(prepared)
+        first = next(iter(filters_of(space)), None) if pays else None
+        return packed_within(budget, prepared, tile_kernels(space, first))
 
     def pairwise(self, queries: Native, prepared: TileCorpus, space: Space, budget: int) -> Native:
         """Return all distances."""
@@ -179,51 +186,74 @@ class NumbaBackend(HostBackend):
 
     def knn(self, queries: Native, prepared: TileCorpus, k: int, space: Space, budget: int) -> tuple[Native, Native]:
         """Return the k nearest."""
-        return self._search(queries, prepared, k, space, budget, tile_kernels(space))[:2]
+        filters = _filters(queries, prepared, k, space)
+        return self._search(queries, prepared, k, space, budget, [*filters, None])
 
     def spare(self, k: int, n_queries: int, space: Space) -> int:
-        """Return one for largest differences that are ranked by float64: the next is farther, or ties exactly."""
-        return 1 if ranks_exactly(n_queries, space) else super().spare(k, n_queries, space)
+        """Return one for largest differences that are ranked by float64: the next is farther, or ties exactly; for
+        squares as many as their filter keeps."""
+        if ranks_exactly(n_queries, space):
+            return 1
+        return kept_rows(k, sys.maxsize) - k if squares_filter(space) else super().spare(k, n_queries, space)
 
     def candidates(self, queries: Native, prepared: TileCorpus, count: int, space: Space, budget: int) -> Candidates:
-        """Return what `knn` proves, and for largest differences the nearest of exact arithmetic, as the kernels rank
-        them."""
-        if not ranks_exactly(len(queries), space):
-            return super().candidates(queries, prepared, count, space, budget)
-        kernels = tile_kernels(space, exact=True)
-        values, indices, is_sure = self._search(queries, prepared, count, space, budget, kernels)
-        last = values[:, -1]
-        # Where the kernel's own values overflow they tell nothing apart.
-        is_finite = last <= float(np.finfo(space.dtype).max)
-        floor = np.where(is_finite, np.nextafter(last, -np.inf), -np.inf)
-        return Candidates(indices, floor, last, f"{space.dtype} differences", is_sure & is_finite)
+        """Return what a filter of squares keeps, and for largest differences the nearest of exact arithmetic, as the
+        kernels rank them; otherwise what `knn` proves."""
+        if ranks_exactly(len(queries), space):
+            search = _Direct(tile_kernels(space, exact=True), space)
+            values, indices, is_sure = self._run(queries, prepared, count, space, budget, search)
+            last = values[:, -1]
+            # Where the kernel's own values overflow they tell nothing apart.
+            is_finite = last <= float(np.finfo(space.dtype).max)
+            floor = np.where(is_finite, np.nextafter(last, -np.inf), -np.inf)
+            return Candidates(indices, floor, last, f"{space.dtype} differences", is_sure & is_finite)
+        first = next(iter(_filters(queries, prepared, count, space)), None)
+        if first is not None and first == squares_filter(space) and count < MANY:
+            keeping = _Keeping(first, space, len(queries))
+            values, indices, are_known = self._run(queries, prepared, count, space, budget, keeping)
+            if are_known.all():
+                last = values[:, -1]
+                return Candidates(indices, keeping.floor(last), last, keeping.form)
+        return super().candidates(queries, prepared, count, space, budget)
 
     def _search(
-        self, queries: Native, prepared: TileCorpus, k: int, space: Space, budget: int, direct: TileKernels
+        self, queries: Native, prepared: TileCorpus, k: int, space: Space, budget: int, steps: list[Filter | None]
+    ) -> tuple[Array, Array]:
+        """Return the k nearest by the first of some filters, of queries that it leaves in doubt by those after it; the
+        last is none."""
+        kernels = tile_kernels(space, steps[0])
+        search = _Filtered(kernels, space, steps[0].error(space)) if steps[0] else _Direct(kernels, space)
+        values, indices, is_sure = self._run(queries, prepared, k, space, budget, search)
+        left: Array = np.flatnonzero(~is_sure & (steps[0] is not None))
+        if len(left) == len(queries):
+            return self._search(queries, prepared, k, space, budget, steps[1:])
+        for some in slices(len(left), max(1, budget // 4 // (space.n_features * space.dtype.itemsize))):
+            rows = left[some]
+            found = self._search(queries[rows], prepared, k, space, budget - budget // 4, steps[1:])
+            values[rows], indices[rows] = found
+        return values, indices
+
+    def _run(
+        self, queries: Native, prepared: TileCorpus, k: int, space: Space, budget: int, search: "_Search"
     ) -> tuple[Array, Array, Array]:
-        """Return the k nearest by some kernels, and which queries' are sure, if these are exact."""
-        n_queries, n_corpus = len(queries), len(prepared)
-        found_filter = _filter(space, k, n_corpus)
-        is_small = n_queries * n_corpus * space.n_features < FILTERED_PAIRS
-        if found_filter and is_small and not prepared.packed(tile_kernels(space, filtered=True)):
-            found_filter = None
-        kernels = tile_kernels(space, filtered=True) if found_filter else direct
+        """Return values to rank and indices of k rows, and of which queries they are sure."""
+        kernels, n_queries, n_corpus = search.kernels, len(queries), len(prepared)
         tasks = _Tasks(kernels, space, n_queries, n_corpus, budget, k=k)
         if tasks.share_panels(kernels.packing_bytes(n_corpus, space.n_features)) and not prepared.packed(kernels):
             prepared = packed_within(budget // 2, prepared, kernels)
             if prepared.packed(kernels):
                 left = budget - kernels.packing_bytes(n_corpus, space.n_features)
                 tasks = _Tasks(kernels, space, n_queries, n_corpus, left, k=k)
-        search = _Search(prepared, space, found_filter, direct)
         shapes = [(n_queries, min(k, part.stop - part.start)) for part in tasks.parts]
-        found = [(np.empty(shape, direct.ranked), np.empty(shape, np.int64)) for shape in shapes]
+        found = [(np.empty(shape, search.ranked), np.empty(shape, np.int64)) for shape in shapes]
         is_sure = np.ones((len(shapes), n_queries), bool)
 
         def task(piece: tuple[slice, int]) -> None:
             rows, number = piece
             ranked, nearest = found[number]
             block = prepared_rows(queries[rows], space)
-            is_sure[number, rows] = search(block, tasks.parts[number], ranked[rows], nearest[rows])
+            part = tasks.parts[number]
+            is_sure[number, rows] = search(prepared, rows, block, part, ranked[rows], nearest[rows])
 
         run_tasks(task, [(rows, n) for rows in tasks.blocks for n in range(len(found))], tasks.threads)
         values, indices = functools.reduce(lambda a, b: merge_topk(a, b, k), found)
@@ -235,82 +265,143 @@ class NumbaBackend(HostBackend):
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return the instruction of the kernel's inner loop, where one is known to bind it."""
-        is_filtered = op == "knn" and _filter(space, 1, 1 << 20) is not None  # of many rows, which are what is measured
-        return CEILINGS_OF.get(tile_kernels(space, filtered=is_filtered).plan.panels.operation.name, {})
+        found = filters_of(space) if op == "knn" and space.n_features >= FILTERED_FEATURES else ()
+        return CEILINGS_OF.get(tile_kernels(space, next(iter(found), None)).plan.panels.operation.name, {})
 
 
-def _filter(space: Space, k: int, n_corpus: int) -> Filter | None:
-    """Return what filters distances, if anything does: not if most rows are wanted anyway."""
+def _filters(queries: Array, prepared: TileCorpus, k: int, space: Space) -> tuple[Filter, ...]:
+    """Return what filters distances, if anything does: not for few pairs, nor if most rows are wanted anyway."""
+    n_queries, n_corpus = len(queries), len(prepared)
     pays = space.n_features >= FILTERED_FEATURES and FILTERED_SHARE * kept_rows(k, n_corpus) <= n_corpus
-    return filter_of(space) if pays else None
+    filters = filters_of(space) if pays and not are_few(n_queries, space) else ()
+    is_small = n_queries * n_corpus * space.n_features < FILTERED_PAIRS
+    return () if is_small and filters and not prepared.packed(tile_kernels(space, filters[0])) else filters
 
 
-class _Search:
+def squares_filter(space: Space) -> Filter | None:
+    """Return what filters squared distances of many features first; None for other metrics."""
+    is_filtered = space.form.from_dot is not None and space.n_features >= FILTERED_FEATURES
+    return next(iter(filters_of(space)), None) if is_filtered else None
+
+
+def are_few(n_queries: int, space: Space) -> bool:
+    """Return whether corpus rows are compared with these as they lie."""
+    return n_queries <= FEW_QUERIES and space.n_features >= tile_kernels(space).plan.rows.features
+
+
+class _Search(ABC):
     """Searching a part of a corpus for a block of queries, in any thread.
 
-    Parameters
+    Attributes
     ----------
-    prepared : TileCorpus
+    kernels : TileKernels
     space : Space
-    found : Filter or None
-        What filters the distances.
-    direct : TileKernels
-        What computes those that are not filtered.
+    ranked : numpy.dtype
+        Of the values that it ranks.
     """
 
-    def __init__(self, prepared: TileCorpus, space: Space, found: Filter | None, direct: TileKernels) -> None:
-        self._prepared, self._space, self._direct = prepared, space, direct
-        self._filtering = tile_kernels(space, filtered=True) if found else None
-        self._error = found.error(space) if found else 0.0
+    def __init__(self, kernels: TileKernels, space: Space) -> None:
+        self.kernels, self.space, self.ranked = kernels, space, kernels.ranked
 
-    def __call__(self, block: Array, part: slice, ranked: Array, nearest: Array) -> Array | bool:
-        """Fill (n_queries, k) arrays with ranked values and indices; return which are sure, by exact kernels."""
-        direct, corpus, (n_queries, k) = self._direct, self._prepared.rows, ranked.shape
-        if direct.plan.is_exact:
-            return self._search(block, part, ranked, nearest)
-        if n_queries <= FEW_QUERIES and self._space.n_features >= direct.plan.rows.features:
-            lists, norms, row = direct.lists(n_queries, k, part.stop - part.start), *direct.few(n_queries)
-            direct.knn_rows(block, corpus, part.start, part.stop, norms, row, k, *lists)
-            direct.order(block, corpus, row, k, *lists, ranked, nearest)
-        elif (filtering := self._filtering) is None:
-            self._search(block, part, ranked, nearest)
-        else:
-            left = self._filter(filtering, block, part, ranked, nearest)
-            if len(left):
-                some = np.empty((len(left), k), ranked.dtype), np.empty((len(left), k), np.int64)
-                self._search(block[left], part, *some)
-                ranked[left], nearest[left] = some
-        return False
+    @abstractmethod
+    def __call__(
+        self, prepared: TileCorpus, rows: slice, block: Array, part: slice, ranked: Array, nearest: Array
+    ) -> Array | bool:
+        """Fill (n_queries, k) arrays with values and indices of k rows; return of which queries they are sure.
 
-    def _search(self, block: Array, part: slice, ranked: Array, nearest: Array) -> Array:
-        """Search by the direct form; return for which queries no value was rounded that may decide."""
-        kernels, corpus, (n_queries, k) = self._direct, self._prepared.rows, ranked.shape
+        `rows` are the numbers of the queries, `block` these as the metric accumulates them.
+        """
+
+
+class _Direct(_Search):
+    """By the direct form: the k nearest. Exact kernels are sure of those of which no value was rounded that decides."""
+
+    def __call__(
+        self, prepared: TileCorpus, rows: slice, block: Array, part: slice, ranked: Array, nearest: Array
+    ) -> Array | bool:
+        kernels, corpus, (n_queries, k) = self.kernels, prepared.rows, ranked.shape
         lists = kernels.lists(n_queries, k, part.stop - part.start)
-        work = kernels.workspace(n_queries, self._space.n_features, packing=self._prepared.packed(kernels))
+        if are_few(n_queries, self.space) and not kernels.plan.is_exact:
+            norms, row = kernels.few(n_queries)
+            kernels.knn_rows(block, corpus, part.start, part.stop, norms, row, k, *lists)
+            kernels.order(block, corpus, row, k, *lists, ranked, nearest)
+            return True
+        work = kernels.workspace(n_queries, self.space.n_features, packing=prepared.packed(kernels))
         kernels.knn(block, corpus, part.start, part.stop, *work, k, *lists)
         kernels.order(block, corpus, work.values, k, *lists, ranked, nearest)
         is_sure: Array = work.sums[:n_queries] == 0
         return is_sure
 
-    def _filter(self, kernels: TileKernels, block: Array, part: slice, ranked: Array, nearest: Array) -> Array:
-        """Search by the filter; return the numbers of the queries that are left in doubt."""
-        corpus, (n_queries, k), n_rows = self._prepared.rows, ranked.shape, part.stop - part.start
-        kept, panels = kept_rows(k, n_rows), self._prepared.packed(kernels)
-        lists = kernels.lists(n_queries, kept, n_rows)
-        centre = self._prepared.centre if panels is None else None
-        work = kernels.workspace(n_queries, self._space.n_features, centre, panels)
+
+class _Filtered(_Search):
+    """By a filter, whose declared error is given: the k nearest by the direct form, where that is proved."""
+
+    def __init__(self, kernels: TileKernels, space: Space, error: float) -> None:
+        super().__init__(kernels, space)
+        self._error, self._gives_up = error, False
+
+    def __call__(
+        self, prepared: TileCorpus, rows: slice, block: Array, part: slice, ranked: Array, nearest: Array
+    ) -> Array | bool:
+        kernels, (n_queries, k), n_rows = self.kernels, ranked.shape, part.stop - part.start
+        if self._gives_up:
+            return False
+        found = kept_by(kernels, prepared, block, part, kept_rows(k, n_rows))
+        if found is None:
+            self._gives_up = True  # norms overflow, of other queries too
+            return False
+        work, lists = found
         in_doubt = np.ones(n_queries, np.bool_)
-        if not kernels.knn(block, corpus, part.start, part.stop, *work, kept, *lists):
-            self._filtering = None  # norms overflow, of other queries too
-            return np.flatnonzero(in_doubt)
         kernels.prove(
-            block, corpus, n_rows, self._error, work.query_norms, work.sums, work.values, k, kept, *lists, ranked,
-            nearest, in_doubt,
+            block, prepared.rows, n_rows, self._error, work.query_norms, work.sums, work.values, k,
+            kept_rows(k, n_rows), *lists, ranked, nearest, in_doubt,
         )  # fmt: skip
-        left = np.flatnonzero(in_doubt)
-        if 2 * len(left) > n_queries:
-            self._filtering = None  # the rows are too close to each other: what is still to do goes without
-        return left
+        # Rows that are so close to each other are so for other queries too.
+        self._gives_up |= 2 * np.count_nonzero(in_doubt) > n_queries
+        return ~in_doubt
+
+
+class _Keeping(_Search):
+    """By a filter of squares: the rows that it keeps, with its own values; sure where no norm overflows."""
+
+    def __init__(self, found: Filter, space: Space, n_queries: int) -> None:
+        super().__init__(tile_kernels(space, found), space)
+        self.ranked, self._found, self._norms = np.dtype(np.float64), found, np.zeros(n_queries)
+
+    def __call__(
+        self, prepared: TileCorpus, rows: slice, block: Array, part: slice, ranked: Array, nearest: Array
+    ) -> Array | bool:
+        n_queries, k = ranked.shape
+        found = kept_by(self.kernels, prepared, block, part, k)
+        if found is None:
+            return False
+        work, (keys, indices, _) = found
+        self._norms[rows] = norms = work.query_norms[:n_queries]
+        np.add(keys[:, :k], norms[:, None], out=ranked, dtype=np.float64)
+        nearest[:] = indices[:, :k]
+        return True
+
+    @property
+    def form(self) -> str:
+        """What is computed, for people."""
+        return f"{self.space.dtype} products" if self._found.key == "gram" else f"{self.space.dtype} as bytes"
+
+    def floor(self, last: Array) -> Array:
+        """Return below which value no row can be that is not kept, from the largest that is."""
+        return gram_floor(
+            self.space, last, self._norms, 0.0, self._found.exact_error(self.space), self.kernels.key_dtype
+        )
+
+
+def kept_by(
+    kernels: TileKernels, prepared: TileCorpus, block: Array, part: slice, kept: int
+) -> tuple[Workspace, tuple[Array, Array, Array]] | None:
+    """Return the lists of so many rows with the smallest keys, and the workspace; None where norms could overflow."""
+    n_queries, panels = len(block), prepared.packed(kernels)
+    lists = kernels.lists(n_queries, kept, part.stop - part.start)
+    work = kernels.workspace(n_queries, block.shape[1], prepared.centre if panels is None else None, panels)
+    is_found = kernels.knn(block, prepared.rows, part.start, part.stop, *work, kept, *lists)
+    return (work, lists) if is_found else None
 
 
 class _Tasks:
@@ -333,8 +424,6 @@ class _Tasks:
         height = kernels.plan.panels.tile_shape[0]
         per_tile, fixed = kernels.workspace_bytes(space.n_features)
         per_query += 16 * list_room(kept_rows(k, n_corpus), n_corpus) + prepared_bytes(space)
-        if kernels.plan.is_filter:  # queries in doubt are searched again
-            per_query += 16 * (list_room(k, n_corpus) + k) + space.dtype.itemsize * space.n_features
         per_tile, fixed = 2 * per_tile + height * per_query, 2 * fixed  # twice: filtered, and direct
         in_lists = k * (1 + math.log(n_corpus / k)) if k else 0.0  # of rows in any order
         n_bytes = n_corpus * space.n_features * space.dtype.itemsize

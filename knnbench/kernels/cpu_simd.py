@@ -373,6 +373,8 @@ class Operation:
         Whether `CENTRE` is taken away from the queries, so that bytes become signed.
     is_matrix : bool
         Whether the accumulators are not vectors but tiles of a matrix unit, and `step` therefore not used.
+    digits : int
+        Elements that stand for a feature: 0 for the feature itself, otherwise see `knnbench.kernels.cpu_digits`.
     """
 
     name: str
@@ -387,6 +389,7 @@ class Operation:
     is_balanced: bool = False
     centred: bool = False
     is_matrix: bool = False
+    digits: int = 0
 
 
 def _floats(
@@ -410,6 +413,7 @@ _SAD = {32: ("llvm.x86.avx2.psad.bw", "avx2"), 64: ("llvm.x86.avx512.psad.bw.512
 _MADD = {32: ("llvm.x86.avx2.pmadd.wd", "avx2"), 64: ("llvm.x86.avx512.pmaddw.d.512", "avx512bw")}
 _VNNI = {32: ("llvm.x86.avx512.vpdpbusd.256", "avxvnni"), 64: ("llvm.x86.avx512.vpdpbusd.512", "avx512vnni")}
 _AMX = {64: ("llvm.x86.tdpbuud", "amx-int8")}
+_AMX_SIGNED = {64: ("llvm.x86.tdpbssd", "amx-int8")}
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
@@ -425,6 +429,10 @@ OPERATIONS: dict[str, Operation] = {
         Operation("product-int16", "uint8", "int16", 2, "int32", add_product_pairs, _MADD, is_light=True),
         Operation("product-uint8", "uint8", "uint8", 4, "int32", add_product_quads, _VNNI, is_light=True, centred=True),
         Operation("product-uint8-matrix", "uint8", "uint8", 4, "int32", no_step, _AMX, is_matrix=True),
+        *(
+            Operation(f"digits-{dtype}", dtype, "uint8", 4, "float32", no_step, _AMX_SIGNED, is_matrix=True, digits=2)
+            for dtype in ("float32", "float64")
+        ),
         # For so many features that 32 bits cannot hold their sum.
         Operation("square-int64", "uint8", "int64", 1, "int64", add_square_longs, {}),
         Operation("product-int64", "uint8", "int64", 1, "int64", add_product_longs, {}),
@@ -473,7 +481,8 @@ class Vectors:
         Measured on Zen 3: a shape that leaves no register for the values between costs a third.
         """
         if self.operation.is_matrix:
-            return 2 * MATRIX_ROWS, 2
+            # Of sums of two kinds there is a tile for each.
+            return 2 * MATRIX_ROWS, 1 if self.operation.digits else 2
         # AVX-512 takes the larger of absolute values at once (`keep_largest_floats`).
         light = self.operation.is_light or (self.width == 64 and self.operation.is_largest and is_float(self.elements))
         queries, vectors = ((8, 3) if light else (8, 2)) if self.registers == 32 else ((6, 2) if light else (4, 2))
@@ -494,6 +503,11 @@ class Vectors:
     def depth(self) -> int:
         """Features that are taken together, and that a query has together in its panel; a row is filled with zeros."""
         return self.width if self.operation.is_matrix else self.operation.group
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of `depth` features of a row in a panel."""
+        return self.depth * max(1, self.operation.digits)
 
     @property
     def accumulators(self) -> Any:

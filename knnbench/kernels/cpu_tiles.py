@@ -20,8 +20,7 @@ two numbers, so that a row whose rounded value is above that of the k-th nearest
 mostly, are compared once more in float64, where a difference of two numbers is exact or is seen not to be; and so on:
 what is left out is not below the k-th value in float64.
 
-The k smallest so far are an ascending list, into which `cpu_loops.shift_in` puts a pair without a branch that could be
-guessed wrong; of many, candidates are collected and the k smallest selected from time to time.
+Where a matrix unit multiplies bytes, squares have a faster filter before that one: `knnbench.kernels.cpu_digits`.
 
 Few queries are compared with rows as they lie (`PanelKernels.knn_rows`), because packing would cost more than it saves.
 
@@ -41,15 +40,16 @@ import numpy as np
 from numba.extending import register_jitable
 
 from knnbench.dtypes import Array
+from knnbench.kernels import cpu_digits
 from knnbench.kernels.compilation import compile_cached
+from knnbench.kernels.cpu_digits import MOST_FEATURES, digit_kernels, scratch_elements
+from knnbench.kernels.cpu_lists import MANY, insert, list_room
 from knnbench.kernels.cpu_loops import (
-    LIST_LANES,
     column_dtype,
     move,
     move_square,
     row_values,
     set_up,
-    shift_in,
     tear_down,
     tile,
     trailing_zeros,
@@ -76,9 +76,8 @@ __all__ = [
     "Plan",
     "TileKernels",
     "Workspace",
-    "filter_of",
+    "filters_of",
     "kept_rows",
-    "list_room",
     "plan_of",
     "tile_kernels",
 ]
@@ -101,20 +100,33 @@ class Filter:
     operation : str
         The first word of its name.
     key : str
-        Of `cpu_loops.KEYS`.
-    error : callable
-        ``(space) -> float``: the declared error, as a factor of the norms of a query and a row.
+        Of `cpu_loops.KEYS`, or ``"digits"``.
+    error, exact_error : callable
+        ``(space) -> float``: the declared error, as a factor of the norms of a query and a row: from values by the
+        direct form, and from exact ones.
     """
 
     operation: str
     key: str
     error: Callable[[Space], float]
+    exact_error: Callable[[Space], float]
 
 
-# By the first word of the operation's name that it filters.
+def _gram_error(space: Space) -> float:
+    return space.gram_error
+
+
+def _larger_error(space: Space) -> float:
+    return space.larger_error
+
+
+# By the first word of the operation's name that they filter, the fastest first.
 FILTERS = {
-    "square": Filter("product", "gram", lambda space: space.gram_error),
-    "absolute": Filter("larger", "larger", lambda space: space.larger_error),
+    "square": (
+        Filter("digits", "digits", cpu_digits.error, cpu_digits.exact_error),
+        Filter("product", "gram", _gram_error, _gram_error),
+    ),
+    "absolute": (Filter("larger", "larger", _larger_error, _larger_error),),
 }
 
 # Products of bytes, the fastest first, which only some CPUs have instructions for.
@@ -128,10 +140,6 @@ PACKED_BYTES = 16 * 1024
 # closer do they lie to each other. Without any, the least error of the filter would leave the k-th row in doubt.
 SPARE = 3
 SPARE_SHARE = 8
-
-# From so many neighbours on, candidates are collected before the k smallest of them are kept: putting a pair into its
-# place costs a share of k.
-MANY = 128
 
 # float32 keys of cosine on uint8 are off by three roundings at the most; rows within this of the limit are looked at.
 COSINE_SLACK = 1e-6
@@ -156,8 +164,8 @@ class Plan:
         On panels, and on rows as they lie. Both give the accumulated value, or `key` says what of it.
     norms : Vectors
         The product of a row with itself.
-    key : {"value", "gram", "larger", "cosine"}
-        How a panel's accumulators are ranked, as in `cpu_loops.KEYS`.
+    key : {"value", "gram", "larger", "cosine", "digits"}
+        How a panel's accumulators are ranked, as in `cpu_loops.KEYS`; or that they are those of `cpu_digits`.
     is_filter : bool
         Whether panels tell only which rows to look at: then they are centred.
     is_exact : bool
@@ -178,7 +186,7 @@ class Plan:
 
 
 def plan_of(
-    space: Space, level: Level, features: frozenset[str], *, filtered: bool = False, exact: bool = False
+    space: Space, level: Level, features: frozenset[str], *, found: Filter | None = None, exact: bool = False
 ) -> Plan:
     """Return how a space is computed.
 
@@ -188,8 +196,8 @@ def plan_of(
     level : Level
     features : frozenset of str
         Of the CPU.
-    filtered : bool
-        For floats: whether the filter is wanted that there may be.
+    found : Filter, optional
+        For floats: what is to tell which rows to look at.
     exact : bool
         For largest differences of floats: whether they are to be ranked exactly.
     """
@@ -197,8 +205,8 @@ def plan_of(
     vectors = functools.partial(vectors_of, level=level, features=features)
     if not space.is_integer:
         dtype = space.dtype.name
-        product, rows, found = vectors(f"product-{dtype}"), vectors(f"{kind}-{dtype}"), filter_of(space)
-        if not filtered or found is None:
+        product, rows = vectors(f"product-{dtype}"), vectors(f"{kind}-{dtype}")
+        if found is None:
             return Plan(rows, rows, product, "value", is_exact=exact)
         return Plan(vectors(f"{found.operation}-{dtype}"), rows, product, found.key, is_filter=True)
     wide = "int64" if space.accumulator == np.int64 else "int16"
@@ -211,9 +219,14 @@ def plan_of(
     return Plan(panels, vectors(f"{kind}-{wide}"), product, "cosine" if kind == "product" else "gram")
 
 
-def filter_of(space: Space) -> Filter | None:
-    """Return what filters the distances of a space, if anything does."""
-    return None if space.is_integer else FILTERS.get(OPERATION_OF[space.form.accumulate])
+def filters_of(space: Space) -> tuple[Filter, ...]:
+    """Return what filters the distances of a space on this CPU, the fastest first."""
+    if space.is_integer:
+        return ()
+    level = level_in_use()
+    has_digits = level.has_matrix and space.n_features <= MOST_FEATURES
+    known = FILTERS.get(OPERATION_OF[space.form.accumulate], ())
+    return tuple(one for one in known if has_digits or one.key != "digits")
 
 
 class Workspace(NamedTuple):
@@ -237,7 +250,7 @@ class Workspace(NamedTuple):
         What centring took from the products of each row of a panel.
     sums : (n_queries,) array
         Sums of features, for the key ``"larger"``; of an exact plan, not 0 for a query of which a value was rounded
-        that may decide.
+        that may decide. For the key ``"digits"``, see `cpu_digits.digit_kernels`.
     limits : (n_queries,) array
         Below which a query's keys are of interest.
     out : array
@@ -328,21 +341,35 @@ class TileKernels:
         vectors = self.plan.panels
         return vectors.tile_shape[0], vectors.panel_rows, vectors.depth
 
+    @property
+    def key_dtype(self) -> np.dtype[Any]:
+        """Dtype that keys of panels are computed in."""
+        return np.dtype(self.plan.panels.operation.accumulator)
+
+    @property
+    def _has_digits(self) -> bool:
+        return self.plan.key == "digits"
+
+    def _row_elements(self, n_features: int) -> int:
+        """Return the elements of a row in a panel."""
+        vectors = self.plan.panels
+        return -(-n_features // vectors.depth) * vectors.row_elements
+
     def workspace(
         self, n_queries: int, n_features: int, centre: Array | None = None, packing: Packing | None = None
     ) -> Workspace:
         """Return the arrays for a task of so many queries, on a corpus that is packed, or centred and not packed."""
-        (height, width, depth), (element, accumulator, column, norm, row, word) = self._shape, self._dtypes
-        padded = -(-n_queries // height) * height
+        (height, width, _), (element, accumulator, column, norm, row, word) = self._shape, self._dtypes
+        padded, of_row, has_digits = -(-n_queries // height) * height, self._row_elements(n_features), self._has_digits
         sizes = (
-            (padded * -(-n_features // depth) * depth, element),
+            (padded * of_row, element),
             (padded, norm),
+            (2 * padded if has_digits else padded, column),
             (padded, column),
-            (padded, column),
-            (height * width, accumulator),
+            ((2 * height + 1 if has_digits else height) * width, accumulator),
             (height, word),
             (padded * WITNESSES if self.plan.is_exact else 0, word),
-            (ROWS, row),
+            (scratch_elements(n_features) if has_digits else ROWS, row),
         )
         panel_sizes = () if packing else self._panel_sizes(1, n_features)
         queries, query_norms, sums, limits, out, hits, witnesses, values, *room = carved(*sizes, *panel_sizes)
@@ -363,20 +390,18 @@ class TileKernels:
         return self._packing(1, carved(*self._panel_sizes(n_panels, n_features)), n_panels, centre)
 
     def _panel_sizes(self, n_panels: int, n_features: int) -> tuple[tuple[int, np.dtype[Any]], ...]:
-        (_, width, depth), (element, accumulator, column, norm, _, _) = self._shape, self._dtypes
-        n_rows = n_panels * width
-        n_elements = n_rows * -(-n_features // depth) * depth
-        return (n_elements, element), (n_rows, column), (n_rows, norm), (n_rows, accumulator)
+        (_, width, _), (element, accumulator, column, norm, _, _) = self._shape, self._dtypes
+        n_rows, elements = n_panels * width, n_panels * width * self._row_elements(n_features)
+        return (elements, element), (n_rows, column), (n_rows, norm), (n_rows, accumulator)
 
     def _packing(self, is_packed: int, room: list[Array], n_panels: int, centre: Array | None) -> Packing:
         panels, columns, norms, shifts = (array.reshape(n_panels, -1) for array in room)
-        centre = np.empty(0, panels.dtype) if centre is None else centre
+        centre = np.empty(0, self._dtypes[4]) if centre is None else centre
         return Packing(centre, is_packed, panels, columns, norms, shifts)
 
     def packing_bytes(self, n_corpus: int, n_features: int) -> int:
         """Return what `packing` takes, about."""
-        (_, width, depth), element = self._shape, self._dtypes[0]
-        row = -(-n_features // depth) * depth * element.itemsize
+        width, row = self._shape[1], self._row_elements(n_features) * self._dtypes[0].itemsize
         return -(-n_corpus // width) * width * (row + 24)
 
     def lists(self, n_queries: int, k: int, n_rows: int) -> tuple[Array, Array, Array]:
@@ -387,21 +412,15 @@ class TileKernels:
 
     def workspace_bytes(self, n_features: int) -> tuple[int, int]:
         """Return what `workspace` takes for a tile of queries, or a part of one, and besides."""
-        (height, width, depth), element = self._shape, self._dtypes[0]
-        row = -(-n_features // depth) * depth * element.itemsize
+        (height, width, _), row = self._shape, self._row_elements(n_features) * self._dtypes[0].itemsize
         return height * (row + 24 + (8 * WITNESSES if self.plan.is_exact else 0)), width * (
             row + 24 + 8 * height
-        ) + 13 * ALIGNMENT
+        ) + 13 * ALIGNMENT + (8 * scratch_elements(n_features) if self._has_digits else 0)
 
 
 def kept_rows(k: int, n_rows: int) -> int:
     """Return how many of some rows a filter keeps for k neighbours."""
     return min(n_rows, k + SPARE + k // SPARE_SHARE)
-
-
-def list_room(k: int, n_rows: int) -> int:
-    """Return how many pairs a list of the k smallest of some rows has room for."""
-    return -(-k // LIST_LANES) * LIST_LANES if k < MANY else min(2 * k, n_rows)
 
 
 def carved(*sizes: tuple[int, np.dtype[Any]]) -> list[Array]:
@@ -412,25 +431,28 @@ def carved(*sizes: tuple[int, np.dtype[Any]]) -> list[Array]:
     return [np.frombuffer(raw, dtype, count, at) for (count, dtype), at in zip(sizes, starts, strict=False)]
 
 
-def tile_kernels(space: Space, *, filtered: bool = False, exact: bool = False) -> TileKernels:
+def level_in_use() -> Level:
+    """Return the level of this CPU, without a matrix unit that gives wrong products."""
+    level = simd_level()
+    return LEVELS["avx512"] if level.has_matrix and not matrix_unit_is_exact(level) else level
+
+
+def tile_kernels(space: Space, found: Filter | None = None, *, exact: bool = False) -> TileKernels:
     """Return the kernels of a space on this CPU, compiled when they are first called.
 
     Parameters
     ----------
     space : Space
-    filtered : bool
-        For floats: whether the filter is wanted that there may be (`filter_of`).
+    found : Filter, optional
+        For floats: what is to tell which rows to look at, of `filters_of`.
     exact : bool
         For largest differences of floats: whether they are to be ranked exactly.
     """
     form = space.form
     # All that follows from the space; found again in microseconds, which a small search takes itself.
-    key = form.accumulate, form.rank, space.dtype, space.accumulator, filtered, exact, setting(LEVEL_VARIABLE)
+    key = form.accumulate, form.rank, space.dtype, space.accumulator, found, exact, setting(LEVEL_VARIABLE)
     if key not in _chosen:
-        level = simd_level()
-        if level.has_matrix and not matrix_unit_is_exact(level):
-            level = LEVELS["avx512"]
-        plan = plan_of(space, level, cpu_features(), filtered=filtered, exact=exact)
+        plan = plan_of(space, level_in_use(), cpu_features(), found=found, exact=exact)
         _chosen[key] = compiled_kernels(plan, space)
     return _chosen[key]
 
@@ -487,7 +509,7 @@ def _compiled(
     # that are arguments.
     accumulate, product = register_jitable(accumulate_scalar), register_jitable(add_product)
     rank = register_jitable(rank_scalar)
-    key, is_float = plan.key, plan.panels.operation.accumulator.startswith("float")
+    key, is_float, has_digits = plan.key, plan.panels.operation.accumulator.startswith("float"), plan.key == "digits"
     tiles, rows, squares = plan.panels.name, plan.rows.name, plan.norms.name
     group, depth, is_centred = plan.panels.operation.group, plan.panels.depth, plan.panels.operation.centred
     (height, _), width = plan.panels.tile_shape, plan.panels.panel_rows
@@ -497,7 +519,9 @@ def _compiled(
     needs_norms, is_filtered, is_larger = key != "value", plan.is_filter, key == "larger"
     # Of larger norms the sums could overflow.
     largest_norm = float(np.finfo(plan.panels.operation.accumulator).max) / 16 if is_float else 0.0
-    smallest = float(np.finfo(plan.panels.operation.accumulator).smallest_subnormal) if is_float else 0.0
+    info: Any = np.finfo(plan.panels.operation.accumulator) if is_float else None
+    # Of digits, what products and sums that underflow add too.
+    smallest = float(info.tiny if has_digits else info.smallest_subnormal) if is_float else 0.0
     rank_uses_norms, is_exact = key == "cosine", plan.is_exact
 
     @register_jitable
@@ -626,34 +650,6 @@ def _compiled(
         for i in range(count):
             are &= norms[i] <= largest_norm
         return are
-
-    @register_jitable
-    def insert(k: Any, values: Any, indices: Any, counts: Any, i: Any, seen: Any, value: Any, index: Any) -> None:
-        """Take a row, after `seen` others with smaller indices, into list i.
-
-        The pairs of a list are in ascending order. One of many is filled before the k smallest are kept, which is
-        cheaper; the k-th smallest then stands first.
-        """
-        if k < MANY:
-            if seen >= k and not value < values[i, k - 1]:  # one that equals the k-th value comes after it
-                return
-            start, place = i * values.shape[1], min(seen, k - 1) // LIST_LANES * LIST_LANES
-            while place > 0:
-                if not shift_in(0, values, indices, start, place, seen, value, index):
-                    break
-                place -= LIST_LANES
-            if place == 0:
-                shift_in(1, values, indices, start, 0, seen, value, index)
-            counts[i] = min(seen + 1, k)
-            return
-        room = values.shape[1]
-        if seen >= room and not value < values[i, 0]:
-            return
-        values[i, counts[i]], indices[i, counts[i]] = value, index
-        counts[i] += 1
-        if counts[i] == room and k < room:
-            keep_smallest(values, indices, i, room, k)
-            counts[i] = k
 
     @register_jitable
     def largest_difference(queries: Any, i: Any, corpus: Any, j: Any, acc: Any, most: Any) -> Any:
@@ -901,4 +897,6 @@ def _compiled(
             count = min(width, len(corpus) - p * width)
             pack_panel(corpus, p * width, count, panels[p], columns[p], norms[p], shifts[p], centre, row)
 
+    if has_digits:
+        knn, pack = digit_kernels(tiles)
     return TileKernels(plan, np.dtype(ranked.name), knn, knn_rows, order, prove, pairwise, pack)
