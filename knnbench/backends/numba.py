@@ -40,9 +40,6 @@ SHARED_BYTES = 1 << 20
 # Up to so many queries, corpus rows are compared as they lie: packing a row takes as long as comparing it with a few.
 FEW_QUERIES = 4
 
-# From so many features on, distances of floats are filtered; below, the direct form is as fast (measured).
-FILTERED_FEATURES = 64
-
 # A filter keeps at most one of so many rows: what keeping takes, it saves on few others.
 FILTERED_SHARE = 16
 
@@ -154,7 +151,7 @@ class NumbaBackend(HostBackend):
 
     def keep(self, prepared: TileCorpus, space: Space, budget: int) -> TileCorpus:
         """Return the rows with panels of them all, packed for the kernels that most searches take."""
-        pays = space.n_features >= FILTERED_FEATURES and FILTERED_SHARE * kept_rows(1, len(prepared)) <= len(prepared)
+        pays = FILTERED_SHARE * kept_rows(1, len(prepared)) <= len(prepared)
         first = next(iter(filters_of(space)), None) if pays else None
         return packed_within(budget, prepared, tile_kernels(space, first))
 
@@ -265,23 +262,22 @@ class NumbaBackend(HostBackend):
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return the instruction of the kernel's inner loop, where one is known to bind it."""
-        found = filters_of(space) if op == "knn" and space.n_features >= FILTERED_FEATURES else ()
+        found = filters_of(space) if op == "knn" else ()
         return CEILINGS_OF.get(tile_kernels(space, next(iter(found), None)).plan.panels.operation.name, {})
 
 
 def _filters(queries: Array, prepared: TileCorpus, k: int, space: Space) -> tuple[Filter, ...]:
     """Return what filters distances, if anything does: not for few pairs, nor if most rows are wanted anyway."""
     n_queries, n_corpus = len(queries), len(prepared)
-    pays = space.n_features >= FILTERED_FEATURES and FILTERED_SHARE * kept_rows(k, n_corpus) <= n_corpus
-    filters = filters_of(space) if pays and not are_few(n_queries, space) else ()
+    pays = FILTERED_SHARE * kept_rows(k, n_corpus) <= n_corpus and not are_few(n_queries, space)
+    filters = filters_of(space) if pays else ()
     is_small = n_queries * n_corpus * space.n_features < FILTERED_PAIRS
     return () if is_small and filters and not prepared.packed(tile_kernels(space, filters[0])) else filters
 
 
 def squares_filter(space: Space) -> Filter | None:
-    """Return what filters squared distances of many features first; None for other metrics."""
-    is_filtered = space.form.from_dot is not None and space.n_features >= FILTERED_FEATURES
-    return next(iter(filters_of(space)), None) if is_filtered else None
+    """Return what filters squared distances first, if anything does."""
+    return next(iter(filters_of(space)), None) if space.form.from_dot is not None else None
 
 
 def are_few(n_queries: int, space: Space) -> bool:

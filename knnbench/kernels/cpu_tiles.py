@@ -104,10 +104,13 @@ class Filter:
     error, exact_error : callable
         ``(space) -> float``: the declared error, as a factor of the norms of a query and a row: from values by the
         direct form, and from exact ones.
+    least_features : int
+        From so many on it pays; below, the direct form is as fast (measured).
     """
 
     operation: str
     key: str
+    least_features: int
     error: Callable[[Space], float]
     exact_error: Callable[[Space], float]
 
@@ -123,10 +126,10 @@ def _larger_error(space: Space) -> float:
 # By the first word of the operation's name that they filter, the fastest first.
 FILTERS = {
     "square": (
-        Filter("digits", "digits", cpu_digits.error, cpu_digits.exact_error),
-        Filter("product", "gram", _gram_error, _gram_error),
+        Filter("digits", "digits", 32, cpu_digits.error, cpu_digits.exact_error),
+        Filter("product", "gram", 64, _gram_error, _gram_error),
     ),
-    "absolute": (Filter("larger", "larger", _larger_error, _larger_error),),
+    "absolute": (Filter("larger", "larger", 64, _larger_error, _larger_error),),
 }
 
 # Products of bytes, the fastest first, which only some CPUs have instructions for.
@@ -220,13 +223,13 @@ def plan_of(
 
 
 def filters_of(space: Space) -> tuple[Filter, ...]:
-    """Return what filters the distances of a space on this CPU, the fastest first."""
+    """Return what filters the distances of a space on this CPU, if that pays, the fastest first."""
     if space.is_integer:
         return ()
-    level = level_in_use()
-    has_digits = level.has_matrix and space.n_features <= MOST_FEATURES
+    has_digits = level_in_use().has_matrix and space.n_features <= MOST_FEATURES
     known = FILTERS.get(OPERATION_OF[space.form.accumulate], ())
-    return tuple(one for one in known if has_digits or one.key != "digits")
+    paying = (one for one in known if space.n_features >= one.least_features)
+    return tuple(one for one in paying if has_digits or one.key != "digits")
 
 
 class Workspace(NamedTuple):
