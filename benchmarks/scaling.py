@@ -1,7 +1,7 @@
 """Out of core and on Dask, beside the same search in memory and in one process.
 
-Run it as ``python -m benchmarks.scaling`` with ``knnbench[distributed]`` and MNIST there. What is compared takes turns,
-medians and their ratios are shown, and answers are checked to be the same to the bit.
+Run it as ``python -m benchmarks.scaling`` with ``knnbench[distributed]`` and MNIST there. What is compared takes turns;
+medians are shown and the median, least and greatest ratio of a round, and answers are checked to be the same to the bit.
 """
 
 import argparse
@@ -20,13 +20,14 @@ from knnbench.ordering import merge_topk, order_rows
 from knnbench.selection import Problem
 from knnbench.selection.measurement import measure
 from knnbench.selection.wisdom import wisdom
+from knnbench.settings import THREADS_VARIABLE, held
 from knnbench.threads import thread_count
 
 K = 3
 
 
-def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return the median seconds of each call, after one to warm up, and its answer."""
+def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Return the seconds of each call by the round, after one to warm up, and its answer."""
     answers = {name: call() for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
@@ -35,7 +36,13 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[
             begin = time.perf_counter()
             calls[name]()
             times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}, answers
+    return times, answers
+
+
+def ratio(times: list[float], others: list[float]) -> str:
+    """Return the median of the ratios of each round, and the least and the greatest."""
+    ratios = [one / other for one, other in zip(times, others, strict=True)]
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def check_same(first: Any, second: Any) -> None:
@@ -66,10 +73,12 @@ def streaming(rounds: int) -> None:
             ("uint8", "cityblock", 1000, 1, "fast"),
             ("uint8", "cityblock", 200, 1, "fast"),
             ("uint8", "cityblock", 1, 1, "fast"),
+            ("uint8", "euclidean", 1000, 1, "fast"),
             # In several blocks:
             ("float32", "euclidean", 200, 3, "fast"),
             ("float32", "euclidean", 200, 3, "exact"),
             ("uint8", "cityblock", 100, 20, "fast"),
+            ("uint8", "euclidean", 1000, 20, "fast"),
             ("uint8", "cityblock", 1, 20, "fast"),
         ):
             queries, corpus = mnist(dtype)
@@ -87,9 +96,8 @@ def streaming(rounds: int) -> None:
             check_same(answers["array"], answers["memmap"])
             print(
                 f"  {dtype:8} {metric:10} {accuracy:5} {n_queries:5} queries x {len(corpus):9,}  "
-                f"array {seconds['array']:.4f} s, memmap {seconds['memmap']:.4f} s, "
-                f"ratio {seconds['memmap'] / seconds['array']:.3f} "
-                f"(array / itself {seconds['again'] / seconds['array']:.3f})"
+                f"array {statistics.median(seconds['array']):.4f} s, ratio {ratio(seconds['memmap'], seconds['array'])}; "
+                f"array / itself {ratio(seconds['again'], seconds['array'])}"
             )
 
 
@@ -116,6 +124,9 @@ def calibrate() -> None:
     shapes = [(q, c, f) for q in (100, 1000) for c in (2000, 30_000) for f in (100, 500)]
     problems = [Problem("knn", *shape, K, "cityblock", "float32") for shape in shapes]
     wisdom().add([measure("numba", problem, seconds=0.3) for problem in problems], fit=True)
+    with held({THREADS_VARIABLE: "1"}):
+        alone = [measure("numba", problem, seconds=0.3, with_prepared=False) for problem in problems[-1:]]
+        wisdom().add(alone)
 
 
 def on_dask(rounds: int, n_queries: int) -> None:
@@ -150,9 +161,9 @@ def on_dask(rounds: int, n_queries: int) -> None:
             check_same(answers["dask"], answers["process"])
             low, high = (value - found.start_s for value in found.interval())
             print(
-                f"  {workers} worker{'s' * (workers - 1)}: {seconds['dask']:.2f} s; one process of "
-                f"{thread_count()} threads {seconds['process']:.2f} s, ratio "
-                f"{seconds['dask'] / seconds['process']:.3f}; planned {found.search_s:.2f} s "
+                f"  {workers} worker{'s' * (workers - 1)}: {statistics.median(seconds['dask']):.2f} s; one process of "
+                f"{thread_count()} threads {statistics.median(seconds['process']):.2f} s, ratio "
+                f"{ratio(seconds['dask'], seconds['process'])}; planned {found.search_s:.2f} s "
                 f"({low:.2f} to {high:.2f}, {found.source}, {found.n_shards} shards, network {rate / 1e9:.2f} GB/s)"
             )
 

@@ -2,8 +2,8 @@
 
 The seconds of a task come from this machine's cost model (`knnbench.selection`), which ``knnbench calibrate`` makes
 good; what a task, a merge and the network add is counted as `knnbench.distributed` does it. Workers are taken to be
-like this machine, with as many threads as said, of which each is as fast as one of a search that takes all CPUs: where
-workers leave some idle, they are faster than planned.
+processes of machines like this one, of which each is filled before the next. A thread is as fast as one of a search that
+takes all CPUs where all are busy; where some are idle, it is faster, as far as searches of one thread were measured.
 """
 
 import math
@@ -20,8 +20,9 @@ from knnbench.dtypes import computed_dtype
 from knnbench.errors import InvalidInputError, UnsupportedError
 from knnbench.metrics import get_metric
 from knnbench.selection import Problem, choose
-from knnbench.selection.costs import Prediction
+from knnbench.selection.costs import Cost, Prediction
 from knnbench.selection.wisdom import wisdom
+from knnbench.settings import THREADS_VARIABLE, held
 
 __all__ = ["ScalingPlan", "network_rate", "plan"]
 
@@ -41,9 +42,10 @@ WORKER_BYTES = 300_000_000
 SHARD_BYTES = 1 << 30
 
 # Waves of tasks from which is chosen, beyond those that the size of a shard asks for, and the share of time that more
-# waves may cost: the more there are, the less is lost with a worker, or by waiting for the last one.
+# waves may cost: the more there are, the less is lost with a worker, or by waiting for the last one. Of a search that is
+# so short that a wave is a larger share, little can be lost.
 WAVES = range(1, 9)
-WORTH = 0.05
+WORTH = 0.02
 
 # Bytes of a transfer that is timed.
 TRANSFER = 1 << 26
@@ -165,7 +167,7 @@ def plan(
     network_rate : float
         Bytes a second between two workers; `network_rate` measures it. Default: 10 Gbit/s.
     shard_rows : int, optional
-        Default: the most shards whose time is within 5 % of the least, of at most 1 GiB each.
+        Default: the most shards whose time is within 2 % of the least, of at most 1 GiB each.
 
     Returns
     -------
@@ -220,7 +222,7 @@ def plan(
 
 
 def _planned(
-    problem: Problem, backend: str, cost: Any, workers: int, threads: int, rows: int, rate: float, budget: int
+    problem: Problem, backend: str, cost: Cost, workers: int, threads: int, rows: int, rate: float, budget: int
 ) -> ScalingPlan:
     """Return what a search takes in shards of so many rows."""
     space, known = problem.space, wisdom()
@@ -230,7 +232,7 @@ def _planned(
     task = replace(problem, n_queries=math.ceil(problem.n_queries / n_blocks), n_corpus=rows, k=min(problem.k, rows))
     predicted = cost.predict(task)
     group = (backend, *problem.group)
-    one_thread = predicted.seconds * known.threads(group)
+    one_thread = predicted.seconds * threads_worth(backend, cost, known.threads(group), slots)
     n_searches = n_shards * n_blocks
     n_merges = n_blocks * _merges(n_shards)
     n_tasks = n_searches + n_merges
@@ -261,6 +263,35 @@ def _planned(
         moved_bytes=query_bytes * workers + lists_moved + result_bytes,
         network_rate=rate,
     )  # fmt: skip
+
+
+def threads_worth(backend: str, cost: Cost, threads: int, busy: int) -> float:
+    """Return how many times as long as a search by all threads one by a single thread takes.
+
+    That is as many times as there are threads where all CPUs are busy. A thread alone has what others would take of
+    caches, of memory and, on CPUs with two threads a core, of the core: searches of one thread, which are kept as
+    wisdom of their own, tell how much that is, and it shrinks as more threads are busy.
+
+    Parameters
+    ----------
+    backend : str
+    cost : Cost
+        Of calls by all threads.
+    threads : int
+        That those are.
+    busy : int
+        Threads that search at once.
+    """
+    with held({THREADS_VARIABLE: "1"}):
+        alone = [
+            sample.seconds["call"] / cost.predict(sample.problem).seconds
+            for sample in wisdom().fresh
+            if (sample.backend, sample.problem.op) == (backend, "knn") and cost.knows(sample.problem)
+        ]
+    if threads == 1 or not alone:
+        return float(threads)
+    least = min(max(float(np.median(alone)), 1.0), threads)
+    return least + (threads - least) * (min(busy, threads) - 1) / (threads - 1)
 
 
 def _merges(n_lists: int) -> int:

@@ -17,19 +17,20 @@ def plan(**options):
     return scaling.plan(**(SHAPE | options))
 
 
+def measured(seconds):
+    """Keep measurements of searches that take so many seconds for a feature of a pair."""
+    sizes = [(q, c, f) for q in (100, 1000, 10_000) for c in (1000, 10**6) for f in (16, 64, 256)]
+    problems = [Problem("knn", *size, 10, "cityblock", "float32") for size in sizes]
+    wisdom().add([Sample("numba", backend_version("numba"), p, {"call": seconds * p.work}) for p in problems], fit=True)
+
+
 @pytest.fixture
 def known_costs(monkeypatch, tmp_path):
     """Measurements of a machine on which a feature of a pair takes a nanosecond."""
     monkeypatch.setenv("KNNBENCH_WISDOM", str(tmp_path))
     monkeypatch.setenv("KNNBENCH_THREADS", "1")
     forget()
-    samples = []
-    for n_queries, n_corpus, n_features in [
-        (q, c, f) for q in (100, 1000, 10_000) for c in (1000, 10**6) for f in (16, 64, 256)
-    ]:
-        problem = Problem("knn", n_queries, n_corpus, n_features, 10, "cityblock", "float32")
-        samples.append(Sample("numba", backend_version("numba"), problem, {"call": 1e-9 * problem.work}))
-    wisdom().add(samples, fit=True)
+    measured(1e-9)
     yield
     forget()
 
@@ -44,10 +45,28 @@ def test_searching_takes_what_the_cost_model_says(known_costs):
         assert found.source == "18 measurements here, 18 of its backend"
 
 
-def test_threads_of_the_measurements_are_counted(known_costs, monkeypatch):
+def test_threads_of_the_measurements_are_counted(known_costs, monkeypatch, tmp_path_factory):
     one = plan(metric="cityblock").compute_s
-    monkeypatch.setattr(type(wisdom()), "threads", lambda self, group: 4)
+    monkeypatch.setenv("KNNBENCH_THREADS", "4")
+    monkeypatch.setenv("KNNBENCH_WISDOM", str(tmp_path_factory.mktemp("other")))  # where no search of one thread was measured
+    measured(1e-9)
     assert plan(metric="cityblock").compute_s == pytest.approx(4 * one)
+
+
+@pytest.mark.parametrize(("alone", "times"), [(1.1e-9, (1.1, 2.1, 4)), (4e-9, (4, 4, 4)), (9e-9, (4, 4, 4))])
+def test_a_thread_is_faster_where_others_are_idle(known_costs, monkeypatch, alone, times):
+    monkeypatch.setenv("KNNBENCH_THREADS", "4")
+    measured(1e-9)
+    monkeypatch.setenv("KNNBENCH_THREADS", "1")
+    measured(alone)
+    monkeypatch.setenv("KNNBENCH_THREADS", "4")
+    work = SHAPE["n_queries"] * SHAPE["n_corpus"] * SHAPE["n_features"]
+    for busy, factor in zip((1, 2, 4), times, strict=True):
+        found = plan(metric="cityblock", threads=busy)
+        assert found.compute_s == pytest.approx(factor * 1e-9 * work / busy, rel=0.05)
+        assert plan(metric="cityblock", workers=busy).compute_s == pytest.approx(found.compute_s)
+    most = plan(metric="cityblock", workers=40)
+    assert most.compute_s == pytest.approx(4e-9 * work / 40, rel=0.05)
 
 
 def test_the_bytes_add_up():

@@ -9,6 +9,8 @@ import numpy as np
 
 from knnbench.backends import backend_status, get_backend, registry
 from knnbench.measure.timer import settle
+from knnbench.settings import THREADS_VARIABLE, held
+from knnbench.threads import thread_count
 
 from .auto import forget_choices
 from .candidates import errors_of, lacks
@@ -56,6 +58,9 @@ class Level:
 # Seconds to wake the threads of a backend, and what they do meanwhile: enough work for all of them.
 WAKE_S = 0.5
 WAKING = ("knn", 64, 2000, 64, 3)
+
+# Searches of a backend that are measured with one thread: those that take longest with all, which share the work.
+ALONE = 8
 
 # Features of candidates a second that a proof looks at, about: that of float64, which takes longest.
 PROOF_RATE = 5e7
@@ -149,9 +154,26 @@ def calibrate(
                 wisdom().add(samples, fit=half == 1)
             settle()
     for name in names:
+        _measure_alone(name, level, clock)
+    for name in names:
         for metric, dtype in _kinds(name):
             errors_of(name, metric, dtype)
     forget_choices()
+
+
+def _measure_alone(name: str, level: Level, clock: Clock) -> None:
+    """Measure the longest searches of an own CPU backend with one thread: a task of a cluster has no more."""
+    capabilities = get_backend(name).capabilities
+    if thread_count() == 1 or capabilities.device != "cpu" or not capabilities.total_order:
+        return
+    searches = [sample for sample in wisdom().fresh if (sample.backend, sample.problem.op) == (name, "knn")]
+    longest = sorted(searches, key=lambda sample: -sample.seconds["call"])[:ALONE]
+    with held({THREADS_VARIABLE: "1"}):
+        samples = [
+            measure(name, sample.problem, seconds=level.sample_s, with_prepared=False, clock=clock)
+            for sample in longest
+        ]
+        wisdom().add(samples)
 
 
 def _kinds(name: str) -> list[tuple[str, str]]:
