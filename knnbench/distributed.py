@@ -470,6 +470,7 @@ def _levels(backend: str) -> tuple[str, ...]:
 def _answers(job: Job, queries: Any, corpus: Any) -> list[Any]:
     """Return the distances and indices of each block of queries, as a pair that Dask computes."""
     from dask.base import tokenize
+    from dask.blockwise import fuse_roots, optimize_blockwise
     from dask.delayed import Delayed
     from dask.highlevelgraph import HighLevelGraph
 
@@ -494,4 +495,8 @@ def _answers(job: Job, queries: Any, corpus: Any) -> list[Any]:
         tasks[answers[-1]] = (Job.finish, job, lists)
     layer = f"knnbench-{token}"
     graph = HighLevelGraph.from_collections(layer, tasks, dependencies=(queries, corpus))
+    # As Dask does for arrays and not for delayed values: elementwise steps, and reading before them, become one task,
+    # whose array between steps nobody keeps or moves. Chunks keep their names; all of what Dask does would give each
+    # another one and a task that only says so.
+    graph = fuse_roots(optimize_blockwise(graph, keys=answers), keys=answers)
     return [Delayed(key, graph, layer=layer) for key in answers]

@@ -27,6 +27,7 @@ if "dask" not in REQUIRED:
 
 import dask
 import dask.array as da
+from dask.callbacks import Callback
 
 from knnbench import distributed
 
@@ -126,6 +127,28 @@ def test_queries_of_another_dtype(rng):
     queries, corpus = make(rng, "uint8")
     answer = distributed.knn(queries.astype(np.float32), da.from_array(corpus, chunks=(SEVEN, -1)), K, backend="numba")
     assert_same(answer, knn(queries.astype(np.float32), corpus, K, backend="numba"))
+
+
+@pytest.mark.parametrize("compute", [True, False])
+def test_steps_of_a_chunk_are_one_task(compute, rng):
+    queries, corpus = make(rng, "uint8")
+    shards, blocks = (
+        da.from_array(rows, chunks=(size, -1)).map_blocks(np.negative).astype(np.float32) / 8
+        for rows, size in ((corpus, 100), (queries, 16))
+    )
+    ran = []
+    with Callback(pretask=lambda key, *rest: ran.append(key)), dask.config.set(scheduler="synchronous"):
+        answer = distributed.knn(blocks, shards, K, backend="numpy", compute=compute)
+        distances, indices = dask.compute(*answer)
+    steps = [key for key in ran if len(key) > 1 and key[0].split("-")[0] in ("negative", "astype", "truediv")]
+    if compute:
+        assert len(steps) == len(set(steps)) == 7 + 2
+        assert all(key[0].startswith("truediv") for key in steps)
+    else:  # Dask's own
+        assert not [key for key in steps if not key[0].startswith("truediv")]
+    expected = knn(*((-rows).astype(np.float32) / 8 for rows in (queries, corpus)), K, backend="numpy")
+    assert_identical(distances, expected.distances)
+    assert_identical(indices, expected.indices)
 
 
 def test_many_blocks_of_queries(rng, monkeypatch):

@@ -18,12 +18,13 @@ from knnbench.backends import ENTRY_POINTS
 from knnbench.backends.numpy import NumpyBackend
 from knnbench.cli import app
 from knnbench.selection import auto, measurement, regret, wisdom
-from knnbench.selection.calibration import QUICK, RANGES, Level, calibrate, shapes
+from knnbench.selection.calibration import ALONE, QUICK, RANGES, Level, calibrate, shapes
 from knnbench.selection.candidates import Constraints, errors_of, sieve
 from knnbench.selection.costs import Cost, fit_terms, forecast, rates_of
 from knnbench.selection.problem import Problem
 from knnbench.selection.regret import Outcome, outcomes, problems, summaries
 from knnbench.selection.wisdom import Sample, Wisdom, backend_version, wisdom_path
+from knnbench.settings import held
 
 MODULE = importlib.import_module("knnbench.backends")
 PROBLEM = Problem("knn", 100, 1000, 16, 3, "euclidean", "float32")
@@ -589,6 +590,19 @@ def test_calibrating_makes_estimates_true(plant):
     expected = 10 * (1e-8 * PROBLEM.work + 1e-6)
     assert choice.seconds["quick"] == pytest.approx(expected, rel=0.2)
     assert wisdom.wisdom().own.fits
+
+
+def test_calibrating_measures_long_searches_with_one_thread_too(plant, monkeypatch):
+    monkeypatch.setenv("KNNBENCH_THREADS", "2")
+    names = plant(steady=Steady)
+    for _ in calibrate(replace(QUICK, seconds=5.0), names, clock=Clock()):
+        pass
+    searches = [sample for sample in wisdom.wisdom().fresh if sample.problem.op == "knn"]
+    with held({"KNNBENCH_THREADS": "1"}):
+        alone = wisdom.wisdom().fresh
+    assert len(alone) == ALONE < len(searches)
+    longest = sorted((sample.seconds["call"] for sample in searches), reverse=True)[:ALONE]
+    assert [sample.seconds["call"] for sample in alone] == pytest.approx(longest, rel=0.01)
 
 
 def test_calibrating_ends_with_its_time(plant):
