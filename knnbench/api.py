@@ -15,7 +15,7 @@ from knnbench.backends import get_backend
 from knnbench.backends.base import Backend, Native, scan_rows
 from knnbench.blocking import BUDGET_VARIABLE, block_shape, check_budget, require_memory, slices
 from knnbench.checkpoint import Checkpoint, Progress, RowDigest, digest_of
-from knnbench.dtypes import Array, common_dtype, computed_dtype
+from knnbench.dtypes import Array, common_dtype, computed_dtype, finite_mean
 from knnbench.errors import CheckpointError, InvalidInputError, OverBudgetError, UnsupportedError
 from knnbench.exact_values import distances_of
 from knnbench.metrics import Metric, Space, get_metric
@@ -429,13 +429,13 @@ def finish_ranked(
 def centre_of(rows: Array, space: Space) -> Array | None:
     """Return the mean of some rows as the metric accumulates them, None for uint8, which needs no centre.
 
-    Of more than `CENTRE_ROWS`, as many stand for all.
+    Of more than `CENTRE_ROWS`, as many stand for all; rows that are not finite do not count.
     """
     if space.is_integer:
         return None
     sample = interchange.to_host(rows[:: -(-len(rows) // CENTRE_ROWS)]).astype(space.dtype, copy=False)
-    mean: Array = space.metric.prepare_rows(np, sample).mean(axis=0, dtype=np.float64)
-    return mean.astype(space.dtype)
+    with np.errstate(all="ignore"):  # rows without a direction are refused by the search
+        return finite_mean(space.metric.prepare_rows(np, sample))
 
 
 def prepare(corpus: Any, metric: str = "euclidean", *, backend: str = "auto", accuracy: Accuracy = "fast") -> Prepared:

@@ -119,8 +119,7 @@ class Job:
             backend = self.backend
             if backend == "auto" and not interchange.on_device(shard):
                 backend = fastest_here(len(queries), *shard.shape, self.k, self.metric, self.dtype, self.accuracy)
-            with np.errstate(all="ignore"):  # rows without a mean are refused by the search
-                centre = centre_of(queries, self.space) if self.is_pinned and len(queries) else None
+            centre = centre_of(queries, self.space) if self.is_pinned and len(queries) else None
             with held(self.settings):
                 ranked, indices = search_block(
                     queries, shard, self.k, first, self.metric, backend=backend, accuracy=self.accuracy,

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from knnbench.errors import InvalidInputError
 
-__all__ = ["COMPUTED", "common_dtype", "computed_dtype", "integer_accumulator"]
+__all__ = ["COMPUTED", "common_dtype", "computed_dtype", "finite_mean", "integer_accumulator"]
 
 Array = npt.NDArray[Any]
 
@@ -87,3 +87,21 @@ def integer_accumulator(n_features: int) -> np.dtype[Any]:
     (dtype('int32'), dtype('int64'))
     """
     return np.dtype(np.int32 if n_features * LARGEST_SQUARE <= np.iinfo(np.int32).max else np.int64)
+
+
+def finite_mean(rows: Array) -> Array:
+    """Return the mean of float rows, summed in float64, in their dtype: of those without NaN and infinity, if any have.
+
+    About what is not finite, no row could be centred; 0 where no row is left, or their sum overflows.
+
+    Examples
+    --------
+    >>> finite_mean(np.array([[1.0, 2.0], [np.nan, 0.0], [3.0, 4.0]]))
+    array([2., 3.])
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean: Array = rows.mean(axis=0, dtype=np.float64)
+        if not np.isfinite(mean).all():
+            kept = rows[np.isfinite(rows).all(axis=1)]
+            mean = kept.sum(axis=0, dtype=np.float64) / max(1, len(kept))
+    return np.where(np.isfinite(mean), mean, 0).astype(rows.dtype)

@@ -255,6 +255,26 @@ def test_one_centre_for_all_tasks_of_a_block_of_queries(rng, monkeypatch):
     assert seen == [None] * 7
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("metric", ["euclidean", "cityblock"])
+def test_a_query_that_is_not_finite_does_not_move_the_centre(metric, value, rng, monkeypatch):
+    queries, corpus = (rng.random((n, 70), np.float32) for n in (200, 1000))
+    bad = queries.copy()
+    bad[7, 5] = value
+    shards, seen, search = da.from_array(corpus, chunks=(300, -1)), [], distributed.search_block
+    monkeypatch.setattr(
+        distributed, "search_block", lambda *args, **options: seen.append(options["centre"]) or search(*args, **options)
+    )
+    expected = distributed.knn(queries, shards, K, metric, backend="numba")
+    seen.clear()
+    answer = distributed.knn(bad, shards, K, metric, backend="numba", check_finite=False)
+    others = np.arange(200) != 7
+    for centre in seen:
+        np.testing.assert_allclose(centre, queries[others].mean(axis=0), rtol=1e-5)
+    assert_identical(answer.distances[others], expected.distances[others])
+    assert_identical(answer.indices[others], expected.indices[others])
+
+
 # ---- several processes
 
 

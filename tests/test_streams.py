@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from knnbench import InvalidInputError, KNNClassifier, OverBudgetError, api, knn, pairwise, prepare
 from knnbench.api import as_rows, finish_ranked, search_block
 from knnbench.backends import backend_status, registry
+from knnbench.backends.numba import NumbaBackend
 from knnbench.exact_values import Values
+from knnbench.metrics import Space, get_metric
 from knnbench.ordering import merge_topk
 from knnbench.settings import held, setting
 from knnbench.streams import MappedStream, as_stream, read_ahead
@@ -280,9 +282,36 @@ def test_a_centre_given_is_that_of_all_blocks(own_backend, rng):
     assert found is None or np.array_equal(found, centre)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "cityblock"])
+def test_a_centre_does_not_depend_on_what_is_not_finite(metric, value, rng):
+    # Of features that numba filters, and enough pairs.
+    queries, corpus = rng.random((500, 70), np.float32), rng.random((2000, 70), np.float32)
+    bad, space = corpus.copy(), Space(get_metric(metric), corpus.dtype, 70)
+    bad[::400, 3] = value  # within what stands for the corpus
+    others = np.isfinite(bad).all(axis=1)
+    for rows in (bad, bad[:800]):  # more rows than are looked at, and fewer
+        sample = rows[:: -(-len(rows) // api.CENTRE_ROWS)]
+        unit = space.metric.prepare_rows(np, sample[np.isfinite(sample).all(axis=1)])
+        np.testing.assert_allclose(api.centre_of(rows, space), unit.mean(axis=0), rtol=1e-5)
+    assert not api.centre_of(bad[:1], space).any()
+    assert np.isfinite(NumbaBackend().prepare(bad, space).centre).all()
+    # The other queries' answers, and those of other rows, are what they are without.
+    expected = knn(queries, corpus[others], 3, metric, backend="numba")
+    at_end = np.concatenate([corpus[others], bad[~others]])
+    for given_corpus in (at_end, [at_end[:1500], at_end[1500:]]):
+        answer = knn(queries, given_corpus, 3, metric, backend="numba", check_finite=False)
+        assert_same(answer, expected)
+    some = queries.copy()
+    some[7, 5] = value
+    answer = knn(some, corpus[others], 3, metric, backend="numba", check_finite=False)
+    kept = np.arange(500) != 7
+    assert_identical(answer.distances[kept], expected.distances[kept])
+    assert_identical(answer.indices[kept], expected.indices[kept])
+
+
 def get_centre(name, corpus, centre):
     from knnbench.backends import get_backend
-    from knnbench.metrics import Space, get_metric
 
     backend = get_backend(name)
     space = Space(get_metric("euclidean"), corpus.dtype, corpus.shape[1])

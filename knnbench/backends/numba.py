@@ -12,7 +12,7 @@ import numpy as np
 
 from knnbench.blocking import block_shape, chunk_rows, slices
 from knnbench.bounds import gram_floor
-from knnbench.dtypes import Array
+from knnbench.dtypes import Array, finite_mean
 from knnbench.kernels.cpu_linear import LinearKernels, Panels, linear_kernels
 from knnbench.kernels.cpu_lists import MANY, list_room
 from knnbench.kernels.cpu_rows import unit_rows
@@ -110,9 +110,7 @@ class TileCorpus:
         """A point amid the rows, by which they are centred."""
         if self.about is not None:
             return self.about
-        sample = self.rows[:: max(1, len(self.rows) // CENTRE_ROWS)]
-        mean: Array = sample.mean(axis=0, dtype=np.float64)
-        return mean.astype(self.rows.dtype)
+        return finite_mean(self.rows[:: max(1, len(self.rows) // CENTRE_ROWS)])
 
 
 class NumbaBackend(HostBackend):
