@@ -268,9 +268,10 @@ def knn(
     ----------
     queries : (n_queries, n_features) array of real numbers, or what is read block by block
     corpus : (n_corpus, n_features) array of real numbers, Prepared, or what is read block by block
-        Read block by block are a numpy.memmap, the path of a ``.npy`` file, a Dask array, a list of two-dimensional
-        arrays, or an iterable of them such as a generator: blocks of one dtype and width, in the order of their
-        rows. A thread reads the next block while one is searched; a file that is one block is searched as an array.
+        Read block by block are a numpy.memmap, the path of a ``.npy`` file, a Dask array, a list of these or of
+        two-dimensional arrays, or an iterable of them such as a generator: blocks of one dtype and width, in the order
+        of their rows. A thread reads the next block while one is searched; a file that is one block is searched as an
+        array.
     k : int
         ``1 <= k <= n_corpus``.
     metric, backend, memory_budget, check_finite
@@ -770,7 +771,7 @@ class _Task:
             self.centre = centre_of(stream.rows, self.space)
         step = parts[0].stop
         reader = self._read(step, skip, seen, expected)
-        if stream.n_rows is None or stream.n_rows > step:  # or there is no other block to be read meanwhile
+        if stream.pays_ahead(step):
             reader = read_ahead(reader)
         with closing(reader) as blocks:
             for start, rows in blocks:

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, TypeVar
@@ -61,6 +61,10 @@ class Stream(ABC):
         skipped : callable, optional
             Takes the first index and the rows of what is passed over.
         """
+
+    def pays_ahead(self, step: int) -> bool:
+        """Return whether reading blocks of at most `step` rows in a thread gains time: if one follows another."""
+        return self.n_rows is None or self.n_rows > step
 
 
 class MappedStream(Stream):
@@ -130,6 +134,11 @@ class BlockStream(Stream):
         if self.n_rows is not None and start != self.n_rows:
             raise InvalidInputError(f"{self.name} gave {start} rows in its blocks and {self.n_rows} were expected.")
 
+    def pays_ahead(self, step: int) -> bool:
+        """Return whether it does: also if blocks are short, but must be read or computed."""
+        n_blocks = len(self._given) if isinstance(self._given, Sized) else 2  # or more
+        return super().pays_ahead(step) or (n_blocks > 1 and not _is_in_memory(self._given))
+
     def _all(self) -> Iterator[Any]:
         if not self.is_once:
             yield from self._given
@@ -161,8 +170,11 @@ class DaskBlocks:
     def __init__(self, array: Any) -> None:
         self._array = array.rechunk({1: -1}) if array.numblocks[1] > 1 else array
 
+    def __len__(self) -> int:
+        return int(self._array.numblocks[0])
+
     def __iter__(self) -> Iterator[Array]:
-        for number in range(self._array.numblocks[0]):
+        for number in range(len(self)):
             yield self._array.blocks[number].compute()
 
 
@@ -196,7 +208,7 @@ def as_stream(array: Any, name: str, as_rows: Callable[[Any, str], Any]) -> Stre
     ----------
     array : object
         A stream is made of a numpy.memmap, the path of a .npy file, a two-dimensional Dask array, a list or tuple of
-        two-dimensional arrays, and an iterable that is no collection of anything else, such as a generator.
+        paths or two-dimensional arrays, and an iterable that is no collection of anything else, such as a generator.
     name, as_rows
         As for `BlockStream`.
 
@@ -219,7 +231,7 @@ def as_stream(array: Any, name: str, as_rows: Callable[[Any, str], Any]) -> Stre
         n_rows = array.shape[0]
         return BlockStream(DaskBlocks(array), name, as_rows, None if np.isnan(n_rows) else int(n_rows))
     if isinstance(array, list | tuple):
-        if not array or _shape_of(array[0]) == NO_SHAPE:
+        if not array or (_shape_of(array[0]) == NO_SHAPE and not isinstance(array[0], str | os.PathLike)):
             return None
         lengths = [_shape_of(block)[0] for block in array]
         return BlockStream(array, name, as_rows, sum(lengths) if min(lengths) >= 0 else None)
@@ -232,6 +244,12 @@ def _shape_of(block: Any) -> tuple[int, int]:
     """Return the shape of a block, `NO_SHAPE` of what has none, or not of two numbers."""
     shape = getattr(block, "shape", NO_SHAPE)
     return (shape[0], shape[1]) if len(shape) == 2 else NO_SHAPE
+
+
+def _is_in_memory(given: Iterable[Any]) -> bool:
+    """Return whether all blocks are arrays whose values are there."""
+    arrays = given if isinstance(given, list | tuple) else [None]
+    return all(isinstance(block, np.ndarray) and not isinstance(block, np.memmap) for block in arrays)
 
 
 def touch(rows: Array) -> None:

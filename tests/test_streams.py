@@ -75,6 +75,22 @@ def as_dask(corpus, path):
 
 SEVEN = (1, 200, 3, 150, 250, 2, 5)
 
+
+def as_paths(corpus, path):
+    paths = [path.with_stem(f"block{number}") for number in range(len(SEVEN))]
+    for block, one in zip(cut(corpus, SEVEN), paths, strict=True):
+        np.save(one, block)
+    return paths
+
+
+def as_memmaps(corpus, path):
+    return [np.load(one, mmap_mode="r") for one in as_paths(corpus, path)]
+
+
+def as_dasks(corpus, path):
+    return [as_dask(block, path) for block in cut(corpus, SEVEN)]
+
+
 KINDS = {
     "memmap": as_memmap,
     "path": as_path,
@@ -85,6 +101,9 @@ KINDS = {
     "dask": as_dask,
     "one block": lambda corpus, path: [corpus],
     "seven blocks": lambda corpus, path: cut(corpus, SEVEN),
+    "paths": as_paths,
+    "memmaps": as_memmaps,
+    "dasks": as_dasks,
     "tuple": lambda corpus, path: tuple(cut(corpus, SEVEN)),
     "generator": lambda corpus, path: (block for block in cut(corpus, SEVEN)),
     "iterator": lambda corpus, path: iter(cut(corpus, SEVEN)),
@@ -110,7 +129,7 @@ def test_every_kind_of_corpus_gives_what_an_array_gives(kind, dtype, budget, rng
         progress=lambda done, of: calls.append((done, of)),
     )  # fmt: skip
     assert_same(answer, expected)
-    known = N_CORPUS if kind not in ("generator", "iterator", "lists") else None
+    known = N_CORPUS if kind not in ("generator", "iterator", "lists", "paths") else None
     assert calls[-1] == (N_CORPUS, known)
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
     if budget:
@@ -412,6 +431,48 @@ def test_the_next_block_is_read_while_one_is_searched():
     assert next(reader) == 0
     assert asked.wait(10)  # though nobody has asked for it
     assert list(reader) == [1]
+
+
+def test_few_blocks_are_read_ahead_where_reading_takes_time(rng, tmp_path, monkeypatch):
+    queries, corpus = make(rng, "uint8")
+    ahead, expected = [], knn(queries, corpus, K)
+    monkeypatch.setattr(api, "read_ahead", lambda items: ahead.append(1) or read_ahead(items))
+    for kind, count in (("seven blocks", 0), ("one block", 0), ("paths", 1), ("memmaps", 1), ("generator", 1)):
+        ahead.clear()
+        given_corpus = KINDS[kind](corpus, tmp_path / "c.npy")
+        assert_same(knn(queries, given_corpus, K), expected)
+        assert len(ahead) == count, kind
+    ahead.clear()
+    knn(queries, as_memmaps(corpus, tmp_path / "c.npy")[:1], 1)
+    assert not ahead
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+def test_chunks_of_dask_are_computed_ahead(is_list, rng):
+    da = pytest.importorskip("dask.array")
+    queries, corpus = make(rng, "uint8")
+    begun = [threading.Event() for _ in SEVEN]
+
+    def begin(block, block_info=None, number=None):
+        begun[block_info[0]["chunk-location"][0] if number is None else number].set()
+        return block
+
+    if is_list:
+        options = {"meta": np.empty((0, 0), corpus.dtype)}
+        given_corpus = [
+            da.from_array(block, chunks=-1).map_blocks(begin, number=number, **options)
+            for number, block in enumerate(cut(corpus, SEVEN))
+        ]
+    else:
+        given_corpus = da.from_array(corpus, chunks=(SEVEN, -1)).map_blocks(begin, dtype=corpus.dtype)
+    waited = []
+
+    def progress(done, n_corpus):
+        number = len(waited)
+        waited.append(number + 1 == len(SEVEN) or begun[number + 1].wait(10))  # though nobody has asked for it
+
+    assert_same(knn(queries, given_corpus, K, progress=progress), knn(queries, corpus, K))
+    assert waited == [True] * len(SEVEN)
 
 
 def test_two_items_are_held_at_the_most():
