@@ -151,6 +151,21 @@ def test_steps_of_a_chunk_are_one_task(compute, rng):
     assert_identical(indices, expected.indices)
 
 
+@pytest.mark.parametrize("accuracy", ["fast", "exact"])
+@pytest.mark.parametrize("chunks", [SEVEN, 30])
+def test_small_lists_are_finished_here(chunks, accuracy, rng, monkeypatch):
+    monkeypatch.setattr(distributed, "QUERY_ROWS", 8)
+    queries, corpus = make(rng, "float32")
+    shards, ran = da.from_array(corpus, chunks=(chunks, -1)), []
+    expected = knn(queries, corpus, K, backend="numpy", accuracy=accuracy)
+    for room in (1 << 20, 0):
+        monkeypatch.setattr(distributed, "FINISHED_BYTES", room)
+        ran.clear()
+        with Callback(pretask=lambda key, *rest: ran.append(str(key))), dask.config.set(scheduler="synchronous"):
+            assert_same(distributed.knn(queries, shards, K, backend="numpy", accuracy=accuracy), expected)
+        assert sum("knnbench-finish" in key for key in ran) == (0 if room else 4)
+
+
 def test_many_blocks_of_queries(rng, monkeypatch):
     monkeypatch.setattr(distributed, "QUERY_ROWS", 8)
     queries, corpus = make(rng, "float32")
