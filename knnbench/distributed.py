@@ -109,28 +109,37 @@ class Job:
         """Whether tasks must compute alike, or answers would depend on who computes."""
         return self.accuracy == "fast" and not self.space.is_integer
 
-    def search(self, queries: Array, shard: Array, first: int, name: str) -> List:
-        """Return the neighbours of queries in a shard, of whose rows `first` is the first in the corpus.
+    def search(self, queries: Array, shard: Array, part: slice, name: str) -> List:
+        """Return the neighbours of queries in a shard, which holds some rows of the corpus.
 
         Floats are centred amid the queries: a point that all shards have without a task that looks for it. What
         centring is for, that rows lie near it which are near to a query, it does as well as one amid the corpus.
         """
+        try:
+            return self._search(queries, shard, part)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"in {name}, whose first row is {part.start:,} of the corpus: {error}") from None
+
+    def _search(self, queries: Array, shard: Array, part: slice) -> List:
+        dtypes = interchange.dtype_of(queries), interchange.dtype_of(shard)
+        if len(shard) != part.stop - part.start or common_dtype(*dtypes) != self.dtype:  # which Dask takes on trust
+            raise InvalidInputError(
+                f"it has {len(shard):,} rows of {dtypes[1]} for queries of {dtypes[0]}; expected "
+                f"{part.stop - part.start:,} rows, and both to be computed in {self.dtype}, as their Dask arrays say."
+            )
         if len(shard) == 0:
             # Exact values of floats are strings of bytes; any merge with others makes them as long as those.
             ranked = self.space.ranked if self.is_pinned or self.space.is_integer else np.dtype("S1")
             return np.empty((len(queries), 0), ranked), np.empty((len(queries), 0), np.int64)
-        try:
-            backend = self.backend
-            if backend == "auto" and not interchange.on_device(shard):
-                backend = fastest_here(len(queries), *shard.shape, self.k, self.metric, self.dtype, self.accuracy)
-            centre = centre_of(queries, self.space) if self.is_pinned and len(queries) else None
-            with held(self.settings):
-                ranked, indices = search_block(
-                    queries, shard, self.k, first, self.metric, backend=backend, accuracy=self.accuracy,
-                    memory_budget=self.memory_budget, check_finite=self.check_finite, centre=centre,
-                )  # fmt: skip
-        except InvalidInputError as error:
-            raise InvalidInputError(f"in {name}, whose first row is {first:,} of the corpus: {error}") from None
+        backend = self.backend
+        if backend == "auto" and not interchange.on_device(shard):
+            backend = fastest_here(len(queries), *shard.shape, self.k, self.metric, self.dtype, self.accuracy)
+        centre = centre_of(queries, self.space) if self.is_pinned and len(queries) else None
+        with held(self.settings):
+            ranked, indices = search_block(
+                queries, shard, self.k, part.start, self.metric, backend=backend, accuracy=self.accuracy,
+                memory_budget=self.memory_budget, check_finite=self.check_finite, centre=centre,
+            )  # fmt: skip
         return np.asarray(ranked), np.asarray(indices)
 
     def merge(self, lists: list[List]) -> List:
@@ -492,7 +501,7 @@ def _answers(job: Job, queries: Any, corpus: Any, *, finished: bool) -> list[lis
         lists: list[Any] = []
         for j, shard in enumerate(shards):
             lists.append((f"knnbench-search-{token}", i, j))
-            tasks[lists[-1]] = (Job.search, job, block, shard, starts[j], f"chunk {j}")
+            tasks[lists[-1]] = (Job.search, job, block, shard, slice(*starts[j : j + 2]), f"chunk {j}")
         level = 0
         while len(lists) > SPLIT_EVERY:
             parts = list(slices(len(lists), SPLIT_EVERY))

@@ -190,7 +190,7 @@ def test_lost_repeated_and_reordered_tasks(seed, rng):
     lists = []
     for part in rows:
         for _ in range(chosen.choice([1, 1, 2, 3])):  # a retry, or a task that ran twice
-            lists += [job.search(queries, corpus[part], part.start, "chunk")]
+            lists += [job.search(queries, corpus[part], part, "chunk")]
     chosen.shuffle(lists)
     while len(lists) > 3:
         width = min(len(lists), chosen.randint(2, 5))
@@ -305,6 +305,27 @@ def test_a_cluster_of_processes(client, dtype, rng):
         assert_same(distributed.knn(queries, shards, K, backend=backend, compute=False), expected)
 
 
+def test_a_client_that_knows_only_an_address(client, rng):
+    queries, corpus = make(rng, "uint8")
+    shards = da.from_array(corpus, chunks=(SEVEN, -1))
+    with dask_distributed().Client(client.scheduler.address, set_as_default=False) as remote:
+        assert_same(distributed.knn(queries, shards, K, client=remote), knn(queries, corpus, K))
+        assert_same(distributed.knn(queries, remote.persist(shards), K, client=remote), knn(queries, corpus, K))
+
+
+@pytest.mark.parametrize("large", ["corpus", "queries"])
+def test_what_is_large_stays_and_what_is_small_travels(client, large, rng):
+    few, many = (rng.integers(0, 9, (n, 500), dtype=np.uint8) for n in (20, 20_000))
+    queries, corpus = (few, many) if large == "corpus" else (many, few)
+    addresses = sorted(client.scheduler_info()["workers"])
+    there = [client.scatter(rows, workers=address) for rows, address in zip((queries, corpus), addresses, strict=True)]
+    lazy = [da.from_delayed(one, rows.shape, np.uint8) for one, rows in zip(there, (queries, corpus), strict=True)]
+    answer = distributed.knn(*lazy, 3, "cityblock", backend="numba", client=client)
+    assert_same(answer, knn(queries, corpus, 3, "cityblock"))
+    place = large == "corpus"
+    assert list(client.who_has(there[place])[there[place].key]) == [addresses[place]]
+
+
 def test_an_error_of_a_worker_is_told_here(client, rng):
     queries, corpus = make(rng, "float32")
     corpus[260] = np.nan
@@ -387,6 +408,27 @@ def test_what_is_refused(rng):
         distributed.knn(queries, shards, K, backend="scipy")
 
 
+@pytest.mark.parametrize("accuracy", ["fast", "exact"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda rows: rows[:7], "it has 7 rows of uint8"),
+        (lambda rows: np.concatenate([rows, rows]), "it has 300 rows of uint8"),
+        (lambda rows: rows[:0], "it has 0 rows of uint8"),
+        (lambda rows: rows + np.float32(0.5), "it has 150 rows of float32 for queries of uint8"),
+        (lambda rows: rows[:, :4], "queries has 10 features and corpus has 4"),
+    ],
+)
+def test_a_chunk_that_is_not_what_its_array_says_is_named(change, text, accuracy, rng):
+    queries, corpus = make(rng, "uint8")
+    shards = da.from_array(corpus, chunks=(SEVEN, -1)).map_blocks(
+        lambda rows, block_id: change(rows) if block_id[0] == 3 else rows, dtype=corpus.dtype, meta=corpus[:0]
+    )
+    with pytest.raises(InvalidInputError, match="in chunk 3, whose first row is 250 of the corpus: ") as caught:
+        distributed.knn(queries, shards, K, accuracy=accuracy)
+    assert text in str(caught.value)
+
+
 # ---- the classifier
 
 
@@ -440,7 +482,7 @@ def test_dask_is_loaded_on_use_only():
 def test_the_merge_of_a_tree_is_that_of_a_chain(rng):
     queries, corpus = make(rng, "uint8")
     job = job_of(queries, corpus)
-    lists = [job.search(queries, corpus[p], p.start, "chunk") for p in slices(N_CORPUS, 50)]
+    lists = [job.search(queries, corpus[p], p, "chunk") for p in slices(N_CORPUS, 50)]
     chain = functools.reduce(lambda a, b: job.merge([b, a]), lists)
     tree = job.merge([job.merge(lists[:5]), job.merge(lists[5:])])
     for one, other in zip(chain, tree, strict=True):
