@@ -1,7 +1,7 @@
 """Out of core and on Dask, beside the same search in memory and in one process.
 
 Run it as ``python -m benchmarks.scaling`` with ``knnbench[distributed]`` and MNIST there. What is compared takes turns;
-medians are shown and the median, least and greatest ratio of a round, and answers are checked to be the same to the bit.
+medians are shown and the median, least and greatest ratio of a round. Answers are checked to be the same to the bit.
 """
 
 import argparse
@@ -94,10 +94,10 @@ def streaming(rounds: int) -> None:
             }
             seconds, answers = in_turns(calls, rounds)
             check_same(answers["array"], answers["memmap"])
+            ratios = (ratio(seconds[name], seconds["array"]) for name in ("memmap", "again"))
             print(
                 f"  {dtype:8} {metric:10} {accuracy:5} {n_queries:5} queries x {len(corpus):9,}  "
-                f"array {statistics.median(seconds['array']):.4f} s, ratio {ratio(seconds['memmap'], seconds['array'])}; "
-                f"array / itself {ratio(seconds['again'], seconds['array'])}"
+                f"array {statistics.median(seconds['array']):.4f} s, ratio {' array / itself '.join(ratios)}"
             )
 
 

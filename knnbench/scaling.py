@@ -2,8 +2,9 @@
 
 The seconds of a task come from this machine's cost model (`knnbench.selection`), which ``knnbench calibrate`` makes
 good; what a task, a merge and the network add is counted as `knnbench.distributed` does it. Workers are taken to be
-processes of machines like this one, of which each is filled before the next. A thread is as fast as one of a search that
-takes all CPUs where all are busy; where some are idle, it is faster, as far as searches of one thread were measured.
+processes of machines like this one, of which each is filled before the next. A thread is as fast as one of a search
+that takes all CPUs where all are busy; where some are idle, it is faster, as far as searches of one thread were
+measured.
 """
 
 import math
@@ -42,8 +43,8 @@ WORKER_BYTES = 300_000_000
 SHARD_BYTES = 1 << 30
 
 # Waves of tasks from which is chosen, beyond those that the size of a shard asks for, and the share of time that more
-# waves may cost: the more there are, the less is lost with a worker, or by waiting for the last one. Of a search that is
-# so short that a wave is a larger share, little can be lost.
+# waves may cost: the more there are, the less is lost with a worker, or by waiting for the last one. Of a search that
+# is so short that a wave is a larger share, little can be lost.
 WAVES = range(1, 9)
 WORTH = 0.02
 

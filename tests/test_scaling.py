@@ -48,7 +48,7 @@ def test_searching_takes_what_the_cost_model_says(known_costs):
 def test_threads_of_the_measurements_are_counted(known_costs, monkeypatch, tmp_path_factory):
     one = plan(metric="cityblock").compute_s
     monkeypatch.setenv("KNNBENCH_THREADS", "4")
-    monkeypatch.setenv("KNNBENCH_WISDOM", str(tmp_path_factory.mktemp("other")))  # where no search of one thread was measured
+    monkeypatch.setenv("KNNBENCH_WISDOM", str(tmp_path_factory.mktemp("other")))  # without searches of one thread
     measured(1e-9)
     assert plan(metric="cityblock").compute_s == pytest.approx(4 * one)
 
