@@ -90,7 +90,7 @@ def streaming(rounds: int) -> None:
             search = functools.partial(knn, k=K, metric=metric, backend="numba", accuracy=accuracy)
             calls = {
                 name: functools.partial(search, queries, rows)
-                for name, rows in (("array", corpus), ("memmap", mapped), ("again", corpus))
+                for name, rows in (("array", corpus), ("memmap", mapped), ("again", corpus.copy()))
             }
             seconds, answers = in_turns(calls, rounds)
             check_same(answers["array"], answers["memmap"])

@@ -43,10 +43,11 @@ WORKER_BYTES = 300_000_000
 SHARD_BYTES = 1 << 30
 
 # Waves of tasks from which is chosen, beyond those that the size of a shard asks for, and the share of time that more
-# waves may cost: the more there are, the less is lost with a worker, or by waiting for the last one. Of a search that
-# is so short that a wave is a larger share, little can be lost.
+# waves may cost a search of so many seconds: the more there are, the less is lost with a worker, or by waiting for the
+# last one. Of a shorter search less can be lost, and more waves may cost a smaller share.
 WAVES = range(1, 9)
-WORTH = 0.02
+WORTH = 0.05
+LONG_SECONDS = 60
 
 # Bytes of a transfer that is timed.
 TRANSFER = 1 << 26
@@ -168,7 +169,8 @@ def plan(
     network_rate : float
         Bytes a second between two workers; `network_rate` measures it. Default: 10 Gbit/s.
     shard_rows : int, optional
-        Default: the most shards whose time is within 2 % of the least, of at most 1 GiB each.
+        Default: the most shards, of at most 1 GiB each, whose time is within 5 % of the least, or less for a search
+        of less than a minute.
 
     Returns
     -------
@@ -219,7 +221,8 @@ def plan(
         for rows in shards
     ]
     least = min(found.search_s for found in plans)
-    return next(found for found in reversed(plans) if found.search_s <= (1 + WORTH) * least)
+    worth = WORTH * min(1.0, least / LONG_SECONDS)
+    return next(found for found in reversed(plans) if found.search_s <= (1 + worth) * least)
 
 
 def _planned(
