@@ -21,6 +21,7 @@ from knnbench.dtypes import computed_dtype
 from knnbench.errors import InvalidInputError, UnsupportedError
 from knnbench.metrics import get_metric
 from knnbench.selection import Problem, choose
+from knnbench.selection.calibration import ALONE
 from knnbench.selection.costs import Cost, Prediction
 from knnbench.selection.wisdom import wisdom
 from knnbench.settings import THREADS_VARIABLE, held
@@ -287,13 +288,16 @@ def threads_worth(backend: str, cost: Cost, threads: int, busy: int) -> float:
         Threads that search at once.
     """
     with held({THREADS_VARIABLE: "1"}):
-        alone = [
-            sample.seconds["call"] / cost.predict(sample.problem).seconds
+        searches = [
+            sample
             for sample in wisdom().fresh
             if (sample.backend, sample.problem.op) == (backend, "knn") and cost.knows(sample.problem)
         ]
-    if threads == 1 or not alone:
+    if threads == 1 or not searches:
         return float(threads)
+    # Of short ones, which threads hardly share, there may be any number.
+    longest = sorted(searches, key=lambda sample: sample.seconds["call"])[-ALONE:]
+    alone = [sample.seconds["call"] / cost.predict(sample.problem).seconds for sample in longest]
     least = min(max(float(np.median(alone)), 1.0), threads)
     return least + (threads - least) * (min(busy, threads) - 1) / (threads - 1)
 

@@ -17,9 +17,11 @@ def plan(**options):
     return scaling.plan(**(SHAPE | options))
 
 
-def measured(seconds):
+SIZES = [(q, c, f) for q in (100, 1000, 10_000) for c in (1000, 10**6) for f in (16, 64, 256)]
+
+
+def measured(seconds, sizes=SIZES):
     """Keep measurements of searches that take so many seconds for a feature of a pair."""
-    sizes = [(q, c, f) for q in (100, 1000, 10_000) for c in (1000, 10**6) for f in (16, 64, 256)]
     problems = [Problem("knn", *size, 10, "cityblock", "float32") for size in sizes]
     wisdom().add([Sample("numba", backend_version("numba"), p, {"call": seconds * p.work}) for p in problems], fit=True)
 
@@ -59,6 +61,7 @@ def test_a_thread_is_faster_where_others_are_idle(known_costs, monkeypatch, alon
     measured(1e-9)
     monkeypatch.setenv("KNNBENCH_THREADS", "1")
     measured(alone)
+    measured(1e-9, [(1, rows, 16) for rows in range(100, 140)])  # which no threads share
     monkeypatch.setenv("KNNBENCH_THREADS", "4")
     work = SHAPE["n_queries"] * SHAPE["n_corpus"] * SHAPE["n_features"]
     for busy, factor in zip((1, 2, 4), times, strict=True):
