@@ -3,14 +3,14 @@
 Run it as ``python -m benchmarks.gpu`` from a checkout on a machine with an NVIDIA GPU and its driver, a CUDA build of
 torch, CuPy and numba-cuda (``pip install -e '.[cuda13,test]'``), and MNIST (``knnbench data fetch mnist``). Ceilings
 of the device are measured first; then every CUDA backend, own and peers, takes turns on each case, answers checked, by
-the runner of ``knnbench run``. Records are appended to a file of ``benchmarks/results/`` named after the GPU: after an
+the runner of ``knnbench run``. Records are appended to a file of ``results/`` named after the GPU: after an
 interruption the same command goes on, and ``--show FILE`` prints the newest run again. Targets are for one H100 (SXM).
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from rich.table import Table
 
 from knnbench import KnnbenchError
 from knnbench.backends import backends_on, registry
-from knnbench.measure import Case, Journal, Plan, measure
+from knnbench.measure import Case, Plan
 from knnbench.measure.ceilings import PROBES, Ceilings
 from knnbench.measure.machine import describe_machine
 from knnbench.results import Record, median_interval, read_records
 
-RESULTS = Path(__file__).with_name("results")
+from . import runs
+
 BASELINES = ("torch-mm-cuda", "torch-cdist-cuda")
 
 # Of the table where no terminal says its own.
@@ -173,38 +174,21 @@ def file_of(gpu: str) -> Path:
     >>> file_of("NVIDIA H100 80GB HBM3").name
     'nvidia-h100-80gb-hbm3.jsonl'
     """
-    return RESULTS / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.jsonl"
-
-
-def newest(records: Sequence[Record]) -> list[Record]:
-    """Return the records of the run that began last."""
-    last = max(records, key=lambda record: record.started, default=None)
-    return [record for record in records if last is not None and record.run == last.run]
-
-
-def run(plan: Plan, output: Path, ceilings: Ceilings, say: Callable[[str, float], object]) -> list[Record]:
-    """Measure a plan, and return the records of its run."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with Journal(output, plan) as journal:
-        for update in measure(plan, journal.earlier, ceilings):
-            say(update.running, update.done)
-            journal.take(update.records)
-        journal.finish()
-    return newest(read_records(output))
+    return runs.RESULTS / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.jsonl"
 
 
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description="A GPU beside PyTorch's product and cdist, with targets.")
-    parser.add_argument("--output", type=Path, help="records; default benchmarks/results/MODEL.jsonl")
+    parser.add_argument("--output", type=Path, help="records; default results/MODEL.jsonl")
     parser.add_argument("--time", type=float, default=10.0, help="seconds for each backend on each case")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a file's newest run, and stop")
     given = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
         if given.show:
-            records = newest(read_records(given.show))
-            console.print(table(targets(), records, ceilings_of(records), str(given.show)))
+            records = runs.newest(read_records(given.show))
+            console.print(table(targets(), records, ceilings_of(records), runs.title(records, given.show)))
             return
         names = backends_on("cuda")
         lines = targets()
@@ -219,12 +203,12 @@ def main() -> None:
                 if ceiling.rate is not None:
                     rates[ceiling.name] = ceiling.rate
             output = given.output or file_of(gpu)
-            records = run(
+            records = runs.run(
                 plan, output, ceilings, lambda text, done: progress.update(bar, completed=done, description=text)
             )
     except KnnbenchError as error:
         raise SystemExit(f"python -m benchmarks.gpu: {error}") from None
-    console.print(table(lines, records, rates, f"{gpu}, {output}"))
+    console.print(table(lines, records, rates, runs.title(records, output)))
 
 
 if __name__ == "__main__":

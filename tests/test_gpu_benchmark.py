@@ -11,8 +11,7 @@ import pytest
 from benchmarks import gpu
 from knnbench.backends import backend_status, backends_on, registry
 from knnbench.errors import BackendUnavailableError
-from knnbench.measure import Update
-from knnbench.measure.ceilings import PROBES, Ceilings
+from knnbench.measure.ceilings import PROBES
 from knnbench.results import PHASES, Record, append_record, read_records
 
 ROOT = Path(__file__).parents[1]
@@ -102,9 +101,6 @@ def test_the_newest_run_of_a_file_is_shown(lines, tmp_path):
     path = tmp_path / "gpu.jsonl"
     for run, seconds in (("2026-01", 5e-3), ("2026-02", 7e-3), ("2026-01", 6e-3)):
         append_record(path, record_of(lines[0].case, "cupy", run=run, device=seconds))
-    (record,) = gpu.newest(read_records(path))
-    assert record.phase_s("device") == 7e-3
-    assert gpu.newest([]) == []
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--show", str(path)],
         cwd=ROOT,
@@ -114,22 +110,6 @@ def test_the_newest_run_of_a_file_is_shown(lines, tmp_path):
     )
     assert "7 ± 0%" in done.stdout
     assert "not measured" in done.stdout
-
-
-def test_a_run_makes_its_folder_and_keeps_its_records(lines, tmp_path, monkeypatch):
-    path = tmp_path / "results" / "gpu.jsonl"
-    plan, ceilings, said = gpu.Plan(["cupy"], [lines[0].case]), Ceilings(1), []
-    record = record_of(lines[0].case, "cupy", device=7e-3)
-
-    def measured(given, earlier, known):
-        assert (given, known) == (plan, ceilings)
-        yield Update("half", 0.5)
-        yield Update("whole", 1.0, [record])
-
-    monkeypatch.setattr(gpu, "measure", measured)
-    found = gpu.run(plan, path, ceilings, lambda text, done: said.append((text, done)))
-    assert found == [record] == list(read_records(path))
-    assert said == [("half", 0.5), ("whole", 1.0)]
 
 
 @pytest.mark.parametrize("command", [["benchmarks.gpu"], ["knnbench", "run", "--device", "cuda"]])

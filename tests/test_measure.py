@@ -349,6 +349,26 @@ def test_a_run_goes_on_from_what_it_has(misbehaving):
     assert run(plan, [*seen, *later]) == []
 
 
+def test_what_was_measured_elsewhere_is_measured_here(misbehaving):
+    plan = plan_of("good", case_s=0.1)
+    (here,) = run(plan)
+    machines = [
+        {"cpu": "AMD EPYC 9999"},
+        {"cpus": here.machine["cpus"] + 1},
+        {"features": ["none"]},
+        {"gpus": [{"name": "NVIDIA H900"}]},
+    ]
+    others = [{"machine": {**here.machine, **facts}} for facts in machines]
+    others += [{"machine": {}}, {"commit": "aaaaaaaaaaaa"}, {"dirty": not here.dirty}, {"version": "0.0.0"}]
+    others += [{"threads": here.threads + 1}]
+    there = [replace(here, **other, run="there") for other in others]
+    (again,) = run(plan, there)
+    assert again.run != "there"
+    assert len(again.phases["import"]) == 1  # nothing of the other records is in it
+    # What varies on one machine does not count.
+    assert run(plan, [*there, replace(here, machine={**here.machine, "clock_mhz": 1.0})]) == []
+
+
 def test_threads_are_pinned_before_numpy_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "reports_threads.py").write_text(
         "import json\n"

@@ -547,6 +547,16 @@ def test_show_prints_tables_and_bars(invoke, results, monkeypatch):
     assert "numba" in bars
 
 
+def test_show_tells_machines_apart(invoke, results, monkeypatch):
+    monkeypatch.setattr(cli_report.out, "_width", 200)
+    append_record(results, made("numba", seconds=0.5, machine={**MACHINE, "cpu": "Another CPU", "gpus": []}))
+    _, shown, _ = invoke("show", str(results))
+    tables = shown.split("ms/query")
+    assert [name in tables[place] for place in (0, 1) for name in (MACHINE["cpu"], "Another CPU")] == [
+        True, False, False, True
+    ]  # fmt: skip
+
+
 def test_a_run_ends_with_bars(invoke):
     code, shown, _ = invoke(
         "run", "--backends", "numpy,python", "--dataset", "digits", "--metrics", "cityblock", "--time", "0.2"

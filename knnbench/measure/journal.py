@@ -15,7 +15,7 @@ from typing import Any
 
 import knnbench
 from knnbench.errors import InvalidInputError
-from knnbench.measure.machine import describe_machine, source_commit
+from knnbench.measure.machine import describe_machine, machine_identity, source_commit
 from knnbench.measure.runner import Plan
 from knnbench.results import Record, append_record, parse_records, read_records
 
@@ -57,7 +57,7 @@ class Journal:
         self._plan = json.loads(
             json.dumps(
                 {"plan": asdict(plan), "version": knnbench.__version__, "commit": commit, "dirty": dirty,
-                 "cpu": describe_machine()["cpu"]}
+                 "machine": machine_identity(describe_machine())}
             )
         )  # fmt: skip
         self._fresh = fresh

@@ -10,7 +10,7 @@ from typing import Any
 
 from knnbench.threads import available_cpus
 
-__all__ = ["describe_machine", "last_level_cache", "loaded_libraries", "source_commit"]
+__all__ = ["describe_machine", "last_level_cache", "loaded_libraries", "machine_identity", "source_commit"]
 
 # CPU features that choose a kernel.
 FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "sve")
@@ -62,6 +62,19 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "gpus": _gpus(),
     }
+
+
+def machine_identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts of `describe_machine` that tell machines apart; the others vary on one, as clocks do.
+
+    Examples
+    --------
+    >>> first, later = ({"cpu": "EPYC", "cpus": 2, "clock_mhz": clock, "gpus": []} for clock in (2400.0, 3100.0))
+    >>> machine_identity(first) == machine_identity(later)
+    True
+    """
+    names = [gpu.get("name") for gpu in facts.get("gpus") or []]
+    return {**{name: facts.get(name) for name in ("cpu", "features", "cpus")}, "gpus": names}
 
 
 @functools.cache

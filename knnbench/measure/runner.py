@@ -21,7 +21,7 @@ from knnbench.backends import registry, version_of
 from knnbench.measure.cases import Case
 from knnbench.measure.ceilings import PROBES, Ceilings, floor
 from knnbench.measure.contention import CONTENDED
-from knnbench.measure.machine import describe_machine, source_commit
+from knnbench.measure.machine import describe_machine, machine_identity, source_commit
 from knnbench.measure.process import Worker, WorkerEnded
 from knnbench.measure.reference import reference_distances, reference_losses
 from knnbench.measure.timer import is_tight
@@ -110,7 +110,7 @@ def measure(
     plan : Plan
     earlier : iterable of Record
         What an interrupted run of the same plan left: complete cells are not measured again, and others go on
-        from what they have.
+        from what they have. Records of another machine, version or commit, or of other threads, do not count.
     ceilings : Ceilings, optional
         That were measured before; those that are missing are measured when they are needed.
 
@@ -255,6 +255,12 @@ def _rates(names: Iterable[str], ceilings: Ceilings) -> dict[str, float]:
     return {ceiling.name: ceiling.rate for ceiling in ceilings.measure(names) if ceiling.rate is not None}
 
 
+def _is_of(here: dict[str, Any], record: Record) -> bool:
+    """Return whether a record is of this machine, and of the sources and threads given by the names of its fields."""
+    is_this_machine = machine_identity(record.machine) == machine_identity(describe_machine())
+    return is_this_machine and all(getattr(record, name) == value for name, value in here.items())
+
+
 def _known(answer: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in answer.items() if name in Record.__dataclass_fields__}
 
@@ -263,17 +269,21 @@ class _Run:
     def __init__(self, plan: Plan, earlier: list[Record], folder: Path, ceilings: Ceilings) -> None:
         self._plan, self._folder = plan, folder
         self._random = random.Random(plan.seed)
-        self._earlier = {record.cell: record for record in earlier}
         self._seats: dict[tuple[str, bool], _Seat] = {}
         self._ceilings = ceilings
         commit, dirty = source_commit()
         started = datetime.now(UTC)
-        first = earlier[0] if earlier else None
-        self._shared: dict[str, Any] = {
+        here: dict[str, Any] = {
             "threads": plan.threads,
             "version": knnbench.__version__,
             "commit": commit,
             "dirty": dirty,
+        }
+        own = [record for record in earlier if _is_of(here, record)]
+        self._earlier = {record.cell: record for record in own}
+        first = own[0] if own else None
+        self._shared: dict[str, Any] = {
+            **here,
             "run": first.run if first else f"{started:%Y%m%dT%H%M%S}-{self._random.getrandbits(24):06x}",
             "started": first.started if first else started.isoformat(timespec="seconds"),
             "machine": describe_machine(),

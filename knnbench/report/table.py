@@ -10,7 +10,7 @@ from rich.text import Text
 from knnbench.backends import Status
 from knnbench.datasets import DatasetStatus
 from knnbench.measure.ceilings import PROBES, Ceiling
-from knnbench.measure.comparison import indistinguishable, noise
+from knnbench.measure.comparison import indistinguishable, machine_name, noise
 from knnbench.measure.contention import CONTENDED
 from knnbench.results import OPS, Record
 
@@ -73,10 +73,12 @@ def case_table(records: Iterable[Record]) -> Table:
     baseline = next((cell for cell in measured if cell.backend == BASELINE and cell.status == "ok"), None)
     fastest = indistinguishable(records)
     first, difference = cells[0], noise(records)
+    machine = machine_name(first)
     table = Table(
         title=plain(
             f"{first.op} {first.metric}, {first.dataset} {first.dtype}, {f'k={first.k}, ' if first.k else ''}"
             f"{first.n_corpus:,} x {first.n_features}, {first.threads} thread{'s' if first.threads != 1 else ''}"
+            f"{machine and f', {machine}'}"
         ),
         title_justify="left",
         title_style="bold",
