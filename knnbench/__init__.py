@@ -9,7 +9,7 @@ array([[0]])
 from typing import TYPE_CHECKING, Any
 
 from .api import Neighbors, Prepared, knn, pairwise, prepare
-from .backends import Status, backends
+from .backends import Status
 from .errors import (
     BackendUnavailableError,
     CheckpointError,
@@ -25,7 +25,10 @@ from .metrics import METRICS
 from .selection.choice import Choice, fastest_backend
 
 if TYPE_CHECKING:
+    from .backends import backends
     from .classifiers import KNNClassifier, RandomSearchClassifier
+else:
+    from . import backends  # the package, which is called like its function
 
 __version__ = "0.1.0"
 

@@ -3,8 +3,10 @@
 import ast
 import importlib
 import importlib.metadata
+import inspect
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,16 @@ def test_names():
     assert "auto" not in names
     assert [status.name for status in backends()] == names
     assert all(isinstance(status, Status) for status in backends())
+
+
+def test_the_package_is_called_like_its_function_and_hides_no_module():
+    import knnbench.backends.numpy as module
+
+    assert module.NumpyBackend is NumpyBackend
+    assert knnbench.backends is sys.modules["knnbench.backends"]
+    assert knnbench.backends() == knnbench.backends.backends() == backends()
+    assert inspect.signature(knnbench.backends) == inspect.signature(knnbench.backends.backends)
+    assert knnbench.backends.__call__.__doc__ == knnbench.backends.backends.__doc__
 
 
 def test_every_status_has_a_reason_or_works():

@@ -7,7 +7,9 @@ A backend is imported when it is first asked for. Third parties add theirs throu
 import functools
 import importlib
 import importlib.metadata
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -259,3 +261,15 @@ def version_of(name: str) -> str:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()).rstrip(".: ")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+class _Package(ModuleType):
+    """This package, which can be called: ``knnbench.backends`` is the package and the function of its name in one."""
+
+    def __call__(self) -> list[Status]:
+        return backends()
+
+
+_Package.__call__.__doc__ = backends.__doc__
+# A function in the package's place would hide its modules from ``import knnbench.backends.cupy as name``.
+sys.modules[__name__].__class__ = _Package
