@@ -158,7 +158,9 @@ def test_absent_mnist_says_how_to_get_it(tmp_path):
         assert "knnbench data fetch mnist" in " ".join(done.stderr.split())
 
 
-GRID = "--backends", "numpy,python", "--dataset", "digits", "--time", "6", "-o", "records.jsonl"
+# Without euclidean, whose products have a ceiling that takes seconds to measure. The last two say where to.
+METRICS = "cityblock,chebyshev"
+GRID = "--backends", "numpy,python", "--dataset", "digits", "--metrics", METRICS, "--time", "2", "-o", "records.jsonl"
 
 
 def started(cwd):
@@ -219,8 +221,7 @@ def test_a_killed_run_is_finished_by_a_rerun_without_repeating(tmp_path):
     assert len(keys) == len(set(keys)) == 6
     assert len({record.run for record in records}) == 1
     assert {record.status for record in records} == {"ok"}
-    assert "cityblock" in again.stdout
-    assert "euclidean" in again.stdout
+    assert all(metric in again.stdout for metric in METRICS.split(","))
 
 
 def test_two_runs_do_not_write_to_one_file(tmp_path):
