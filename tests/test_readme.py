@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
 from knnbench import METRICS
 from knnbench.backends import registry
+from knnbench.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,3 +48,25 @@ def test_ci_runs_the_command_of_the_readme():
 @pytest.mark.parametrize("name", [*(name for name, line in registry().items() if not line.peer), *METRICS])
 def test_every_own_backend_and_metric_is_named(name):
     assert name in README
+
+
+def commands(group, path=("knnbench",)):
+    """Return the command line's commands by name, each with its options."""
+    found = {" ".join(path): {text for option in group.params for text in option.opts}}
+    for name, command in getattr(group, "commands", {}).items():
+        found |= commands(command, (*path, name))
+    return found
+
+
+def test_the_table_of_commands_is_that_of_the_command_line():
+    known, named = commands(typer.main.get_command(app)), set()
+    for head, text in re.findall(r"^\| (`knnbench.*?) \| (.*) \|$", README, flags=re.MULTILINE):
+        names = re.findall(r"`(knnbench(?: [a-z-]+)*)", head)
+        group = names[0].rpartition(" ")[0]
+        names += [f"{group} {name}" for name in re.findall(r"`([a-z]+)`", head) if name != "knnbench"]
+        names = [max((name for name in known if given.startswith(name)), key=len) for given in names]
+        options = set(re.findall(r"`(--[a-z-]+)", head + text))
+        assert options <= set().union(*(known[name] for name in names)), names
+        named |= set(names)
+    groups = {name.rpartition(" ")[0] for name in known} - {"", "knnbench"}
+    assert named == known.keys() - groups
