@@ -1,9 +1,10 @@
 """Compile every CUDA kernel for devices that are not there, and print what became of it as JSON.
 
-A process of its own, started by `tests/test_gpu_compile.py`; the compilers are loaded only when it runs. The numba
-kernels and their signatures are those that the backend starts when it is run on all metrics and dtypes, with the
-starting taken out. What is compiled is looked at in machine code: registers, what does not fit into them, and
-instructions in double precision.
+A process of its own, started by `tests/test_gpu_compile.py`; the compilers are loaded only when it runs. Its arguments
+say which of the kernels: ``numba`` or ``sources`` in C++, and for which architectures; or ``cache``, numba's as they
+come from the disk. The numba kernels and their signatures are those that the backend starts when it is run on all
+metrics and dtypes, with the starting taken out. What is compiled is looked at in machine code: registers, what does not
+fit into them, and instructions in double precision.
 """
 
 import collections
@@ -204,11 +205,11 @@ def may_use_double(kernel, signature):
     return is_rounded or float64 in (*arrays, *signature)
 
 
-def compile_numba(kernels):
-    """Return what became of numba kernels, ``[(kernel, signature, description)]``, on every architecture."""
+def compile_numba(kernels, architectures):
+    """Return what became of numba kernels, ``[(kernel, signature, description)]``, on each architecture."""
     libraries = [kernel.compile(signature).library for kernel, signature, _ in kernels]
     records = []
-    for architecture in ARCHITECTURES:
+    for architecture in architectures:
         ptx = [library.get_asm_str(cc=divmod(architecture, 10)) for library in libraries]
         names = [re.search(r"\.visible \.entry (\S+?)\(", text)[1] for text in ptx]
         found = examined(linked(ptx, architecture))
@@ -284,8 +285,8 @@ def together(sources):
     return "".join(texts)
 
 
-def compile_sources(described, architectures=ARCHITECTURES):
-    """Return what became of C++ sources, ``[(source, description)]``, on every architecture."""
+def compile_sources(described, architectures):
+    """Return what became of C++ sources, ``[(source, description)]``, on each architecture."""
     text = together(source for source, _ in described)
     records = []
     for architecture in architectures:
@@ -412,23 +413,37 @@ def pretend_to_have_a_device():
     codegen.JITCUDACodegen.magic_tuple = lambda code: COMPILED_FOR
 
 
-def main():
+def numba_records(architectures):
+    """Return what became of numba's kernels; without architectures, only whether they came from the disk."""
     pretend_to_have_a_device()
     kernels = [
         (kernel, given, described(kernel, given, *about)) for (kernel, given), about in started_kernels().items()
     ]
     records = {"cache": compiled_before(kernels)}
-    if sys.argv[1:] != ["cache"]:
-        records["numba"] = compile_numba(kernels)
-        records["planted"] = compile_numba(planted())
-        records["source"] = compile_sources(direct_sources())
-        records["search"] = compile_sources(searches())
-        records["rows"] = compile_sources(row_sources())
-        records["groups"] = compile_sources(group_searches(), ("90a",))
-        records["linear"] = compile_sources(linear_sources())
-        records["faulty_linear"] = compile_sources(faulty_linear_sources())
-        records["faulty"] = compile_sources(faulty_searches())
-    json.dump(records, sys.stdout)
+    if architectures:
+        records["numba"] = compile_numba(kernels, architectures)
+        records["planted"] = compile_numba(planted(), architectures)  # last: the faults stay in this process
+    return records
+
+
+def source_records(architectures):
+    """Return what became of the sources in C++."""
+    made = {
+        "source": direct_sources,
+        "search": searches,
+        "rows": row_sources,
+        "linear": linear_sources,
+        "faulty_linear": faulty_linear_sources,
+        "faulty": faulty_searches,
+    }
+    records = {name: compile_sources(sources(), architectures) for name, sources in made.items()}
+    return {**records, "groups": compile_sources(group_searches(), ("90a",))}
+
+
+def main():
+    part, *names = sys.argv[1:]
+    architectures = [int(name) for text in names for name in text.split(",")]
+    json.dump((source_records if part == "sources" else numba_records)(architectures), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ The source is compiled as C++ (`tests.cuda_emulator`), and the backend runs on a
 
 import ast
 import importlib.metadata
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,9 +21,7 @@ from knnbench.metrics import METRICS, Space, unit_rows
 from . import cuda_emulator
 from ._checks import assert_distances_close, assert_identical, direct_error
 from .conftest import REQUIRED
-
-CASES = Path(__file__).with_name("gpu_cases.py")
-ROOT = CASES.parents[1]
+from .shares import ROOT, run_cases
 
 # A metric for each expression, on all dtypes.
 DIRECT = {metric.integer.accumulate: metric for metric in METRICS.values() if metric.integer.step}
@@ -213,11 +209,7 @@ GROUP_CASES = "few_queries or halves or blocks_do_not_show or small_budget"
     ("groups", "chosen"), [("0", ""), pytest.param("1", GROUP_CASES, marks=pytest.mark.slow)], ids=["warps", "groups"]
 )
 def test_the_cases_on_the_stand_in(groups, chosen, compiled):
-    environment = {**os.environ, "KNNBENCH_CASES": "cupy", "KNNBENCH_WGMMA": groups}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.fake_cupy", str(CASES)]
-    command += ["-k", chosen]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_cases("tests.fake_cupy", chosen, KNNBENCH_CASES="cupy", KNNBENCH_WGMMA=groups)
 
 
 COMPARE = """

@@ -1,13 +1,12 @@
 """All CUDA kernels, compiled to machine code for devices that are not there.
 
-`tests/compile_cuda.py` does it in a process of its own, once; here its findings are judged.
+`tests/compile_cuda.py` does it in processes of its own, once; here its findings are judged.
 """
 
 import importlib.metadata
 import json
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,13 +18,15 @@ from knnbench.kernels.cuda_search import FEW_TILE, TENSOR_TILE, TILES, WAYS
 from knnbench.kernels.cuda_source import EXPRESSIONS
 
 from .conftest import REQUIRED
+from .shares import ROOT, outputs
 
 SCRIPT = Path(__file__).with_name("compile_cuda.py")
 
 # What the script needs of the extra gpu-check, but for libraries that these bring.
 PACKAGES = ("numba-cuda", "cuda-bindings", "nvidia-nvjitlink", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
 
-ARCHITECTURES = {80, 90, 100}
+# The quick tests are of two that differ in their loops. The third has the loops of the second.
+ARCHITECTURES = ["80,90", pytest.param("100", marks=pytest.mark.slow)]
 
 # Of a multiprocessor: two blocks are to find room on it, and blocks have as many threads if nothing else is said.
 REGISTERS = 65_536
@@ -70,27 +71,22 @@ def is_absent(package):
     return False
 
 
-def run(cache, *arguments):
-    """Run the script with its kernels kept in a directory, and return what it prints."""
+def run(cache, *parts):
+    """Run the script for each of the parts, side by side, with kernels kept in a directory; return what they print."""
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
-    environment["KNNBENCH_CACHE"] = str(cache)
-    command = [sys.executable, str(SCRIPT), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    environment |= {"KNNBENCH_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    printed = outputs([[sys.executable, str(SCRIPT), *part] for part in parts], [environment] * len(parts))
+    return {name: records for text in printed for name, records in json.loads(text).items()}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def found(cache):
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def found(request, tmp_path_factory):
     absent = [package for package in PACKAGES if is_absent(package)]
     if absent:
         (pytest.fail if "gpu-check" in REQUIRED else pytest.skip)(f"not installed: {', '.join(absent)}")
-    return run(cache)
+    directory = tmp_path_factory.mktemp("cache")
+    records = run(directory, ("numba", request.param), ("sources", request.param))
+    return records | {"directory": directory, "architectures": {int(name) for name in request.param.split(",")}}
 
 
 def faults(records):
@@ -129,17 +125,17 @@ def flaws(record):
 
 def test_inner_loops_are_arithmetic(found):
     tiles = [record for record in found["numba"] if is_tile(record)]
-    assert len(tiles) > 60
+    assert len(tiles) > 20 * len(found["architectures"])
     assert {(r["metric"], r["dtype"], r["architecture"]): flaws(r) for r in tiles if flaws(r)} == {}
 
 
 def test_every_numba_kernel_is_there(found):
     tiles = [record for record in found["numba"] if is_tile(record)]
-    assert {record["architecture"] for record in found["numba"]} == ARCHITECTURES
+    assert {record["architecture"] for record in found["numba"]} == found["architectures"]
     # Metrics share kernels; a tile is listed under the first that starts it.
     sums = {"uint8": {"int32", "int64"}, "float32": {"float32"}, "float64": {"float64"}}
     for dtype in COMPUTED:
-        for architecture in ARCHITECTURES:
+        for architecture in found["architectures"]:
             same = [r for r in tiles if r["dtype"] == dtype and r["architecture"] == architecture]
             assert {record["accumulator"] for record in same} == sums[dtype]
             assert {record["metric"] for record in same} >= {"euclidean", "cityblock", "chebyshev", "cosine"}
@@ -164,7 +160,7 @@ def test_every_source_is_there(found):
     forms = [("uint8", "int32"), ("uint8", "int64"), ("float32", "float32"), ("float64", "float64")]
     assert got == {
         (architecture, kernel, function.__name__, dtype, accumulator)
-        for architecture in ARCHITECTURES
+        for architecture in found["architectures"]
         for kernel in ("accumulate_block", "accumulate_pairs")
         for function in EXPRESSIONS
         for dtype, accumulator in forms
@@ -177,7 +173,7 @@ def test_no_source_has_a_fault(found):
 
 def test_planted_faults_are_found(found):
     planted = [{**record, "may_use_double": False} for record in found["planted"]]
-    assert len(planted) == 3 * len(ARCHITECTURES)
+    assert len(planted) == 3 * len(found["architectures"])
     assert all(faults([record]) for record in planted if record["fault"] != "singly")
     assert all(flaws(record) for record in planted if record["fault"] != "literal")
     assert all(bool(record["doubles"]) == (record["fault"] == "literal") for record in planted)
@@ -186,8 +182,8 @@ def test_planted_faults_are_found(found):
     assert faults([too_many])
 
 
-def test_compiled_kernels_are_kept_on_disk(found, cache):
-    again = run(cache, "cache")["cache"]
+def test_compiled_kernels_are_kept_on_disk(found):
+    again = run(found["directory"], ("cache",))["cache"]
     first = found["cache"]
     assert (first["hits"], first["misses"]) == (0, len(first["code"]))
     assert (again["hits"], again["misses"]) == (len(first["code"]), 0)
@@ -275,10 +271,10 @@ def test_every_search_is_there(found):
     assert LOOPS.keys() == ways | {("halves", "float32")}
     assert got == {
         (architecture, *way, copy_bytes)
-        for architecture in ARCHITECTURES
+        for architecture in found["architectures"]
         for way in ways
         for copy_bytes in (16, 8 if way[1] == "float64" else 4)
-    } | {(architecture, "halves", "float32", 16) for architecture in ARCHITECTURES}
+    } | {(architecture, "halves", "float32", 16) for architecture in found["architectures"]}
     tiles = {tuple(r["per_thread"]) for r in searches_of(found)}
     assert tiles == {tile.per_thread for tile in (*TILES.values(), TENSOR_TILE, FEW_TILE)}
     merges = [record for record in found["search"] if record["kernel"] == "merge"]
@@ -330,7 +326,7 @@ def test_tiles_come_by_copies_of_16_bytes(found):
 @pytest.mark.parametrize("fault", ["literal", "spill", "intrinsic", "wide"])
 def test_planted_faults_of_searches_are_found(fault, found):
     planted = [record for record in found["faulty"] if (record["fault"], record["kernel"]) == (fault, "search")]
-    assert {record["architecture"] for record in planted} == ARCHITECTURES
+    assert {record["architecture"] for record in planted} == found["architectures"]
     of_kernels = faults({**record, "may_use_double": may_use_double(record)} for record in planted)
     of_loops = [record for record in planted if loop_faults([record])]
     assert {"literal": of_kernels, "spill": of_kernels}.get(fault, of_loops) == [
@@ -365,7 +361,7 @@ def linear_faults(records):
 def test_losses_of_linear_models_are_multiply_adds(found):
     got = Counter((record["architecture"], record["dtype"], *record["per_thread"]) for record in found["linear"])
     shapes = {("uint8", 4, 10), ("uint8", 4, 6), ("float32", 4, 10), ("float64", 4, 10)}
-    assert got == Counter((architecture, *shape) for architecture in ARCHITECTURES for shape in shapes)
+    assert got == Counter((architecture, *shape) for architecture in found["architectures"] for shape in shapes)
     # Exponentials and sums are of double precision.
     assert not faults({**record, "may_use_double": True} for record in found["linear"])
     assert not linear_faults(found["linear"])
@@ -374,6 +370,6 @@ def test_losses_of_linear_models_are_multiply_adds(found):
 @pytest.mark.parametrize("fault", ["constant", "spill", "literal"])
 def test_planted_faults_of_losses_are_found(fault, found):
     planted = [record for record in found["faulty_linear"] if record["fault"] == fault]
-    assert {record["architecture"] for record in planted} == ARCHITECTURES
+    assert {record["architecture"] for record in planted} == found["architectures"]
     for record in planted:
         assert faults([{**record, "may_use_double": True}]) if fault == "spill" else linear_faults([record])
