@@ -24,9 +24,11 @@ from threadpoolctl import threadpool_info
 
 from knnbench.backends import get_backend
 from knnbench.backends.linear import LinearLoss
+from knnbench.backends.numpy import NumpyBackend
 from knnbench.classifiers import RandomSearchClassifier
 from knnbench.classifiers.random_search import Steps, generator
 from knnbench.errors import BackendUnavailableError, InvalidInputError, UnknownBackendError
+from knnbench.kernels.cpu_linear import linear_kernels
 
 MODULE = "knnbench.classifiers.random_search"
 FITTED = (
@@ -189,8 +191,15 @@ def test_dtypes_of_the_weights_and_one_trajectory(dtype: str, weights: str) -> N
 
 def test_uint8_is_computed_as_float32() -> None:
     X, y = images()
-    first, second = (RandomSearchClassifier(max_iter=60, random_state=0).fit(data, y) for data in (X, X.astype("f4")))
+    first, second = (
+        RandomSearchClassifier(max_iter=60, random_state=0, backend="numpy").fit(data, y)
+        for data in (X, X.astype("f4"))
+    )
     assert same_run(first, second)
+    # A matrix unit sums bytes and rounds weights, not sums.
+    third = RandomSearchClassifier(max_iter=60, random_state=0, backend="numba").fit(X, y)
+    np.testing.assert_array_equal(third.coef_, first.coef_)
+    np.testing.assert_allclose(third.loss_curve_, first.loss_curve_, rtol=1e-6)
 
 
 def test_layout_of_the_input_does_not_matter() -> None:
@@ -495,6 +504,42 @@ def test_blocks_change_nothing_to_the_bit(
         assert same_run(reference, clone(search).set_params(block_size=block_size).fit(X, y))
 
 
+@pytest.mark.parametrize("patience", [3, 20])
+@pytest.mark.parametrize("are_right", [True, False])
+def test_guesses_change_nothing_but_the_number_of_passes(
+    monkeypatch: pytest.MonkeyPatch, patience: int, are_right: bool
+) -> None:
+    class Guessing(NumpyBackend):
+        def linear_loss(self, X: np.ndarray, *given: Any) -> LinearLoss:
+            losses = super().linear_loss(X, *given)
+
+            def counted(W: np.ndarray, b: np.ndarray, limit: float = math.inf) -> np.ndarray:
+                if len(X) < 50:
+                    return losses(W, b) if are_right else random.random(1)
+                passes.append(len(W))
+                return losses(W, b, limit)
+
+            return Given(counted)
+
+    random, passes = np.random.default_rng(0), list[int]()
+    monkeypatch.setattr(f"{MODULE}.get_backend", lambda name: Guessing())
+    monkeypatch.setattr(f"{MODULE}.FEW_SAMPLES", 40)
+    monkeypatch.setattr(f"{MODULE}.GUESSED_SAMPLES", 300)
+    X, y = images(320)
+    search = RandomSearchClassifier(150, patience, random_state=4)
+    reference = clone(search).set_params(block_size=1).fit(X, y)
+    assert sum(passes) == len(passes) == reference.n_iter_
+    for block_size in (5, "auto"):
+        passes.clear()
+        assert same_run(reference, clone(search).set_params(block_size=block_size).fit(X, y))
+        assert len(passes) < reference.n_iter_ * (0.4 if are_right else 1)
+        assert max(passes) > 2
+    passes.clear()
+    monkeypatch.setattr(f"{MODULE}.GUESSED_SAMPLES", 400)
+    assert same_run(reference, clone(search).set_params(block_size=5).fit(X, y))
+    assert len(passes) > reference.n_iter_ * 0.4
+
+
 def test_threads_change_nothing_to_the_bit(own_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if own_backend != "numba":
         pytest.skip("a BLAS may divide its sums by threads")
@@ -638,7 +683,7 @@ def test_a_candidate_is_left_once_it_is_above_the_limit(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         losses,
         "_kernels",
-        kernels._replace(losses=lambda *args: (seen.append(int(args[9].sum())), kernels.losses(*args))),
+        kernels._replace(losses=lambda *args: (seen.append(len(args[10])), kernels.losses(*args))),
     )
     W = np.stack([np.zeros((64, 10)), np.full((64, 10), 1e-3)]).astype(np.float32)
     W[1, :, 0] = 1.0
@@ -652,11 +697,16 @@ def test_operations_are_counted_without_those_left_out() -> None:
     X, y = np.ones((64, 20), np.uint8), np.arange(64) % 3
     X[:, 5:9] = 0
     W, b = np.zeros((2, 20, 3), np.float32), np.zeros((2, 3), np.float32)
-    for name, probe, features in (("numba", "fma-float32", 16), ("numpy", "gemm-float32", 20)):
-        losses = get_backend(name).linear_loss(X, y, np.ones(64), np.dtype(np.float32))
+    has_matrix = linear_kernels(np.uint8, np.float32, 20, 3).form.operation.is_matrix
+    for name, dtype, probe, terms in (
+        ("numba", "u1", "matrix-uint8", 64 * 3) if has_matrix else ("numba", "u1", "fma-float32", 16),
+        ("numba", "f4", "fma-float32", 16),
+        ("numpy", "u1", "gemm-float32", 20),
+    ):
+        losses = get_backend(name).linear_loss(X.astype(dtype), y, np.ones(64), np.dtype(np.float32))
         losses(W, b)
         losses(W[:1], b[:1])
-        assert losses.operations == {probe: 3 * 64 * features * 3}
+        assert losses.operations == {probe: 3 * 64 * terms * 3}
 
 
 def test_not_finite_losses_are_infinite(own_backend: str) -> None:

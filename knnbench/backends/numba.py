@@ -5,6 +5,7 @@ import math
 import sys
 import threading
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -78,6 +79,9 @@ SMALL_LOSS = 1 << 23
 # Tasks for each thread, where each does not have to pack the corpus: the fewer, the longer may all wait for the last.
 TASKS = 2
 LEAST_QUERIES = 64
+
+# What a call costs beyond its models, in models, without and with a matrix unit (measured on MNIST).
+PASS_COSTS = 0.4, 1.5
 
 # Panels of samples whose losses are a task: enough to hand it to a thread, few enough for all threads to end together.
 LOSS_PANELS = 64
@@ -464,13 +468,18 @@ class _LinearLoss(LinearLoss):
 
     def __init__(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> None:
         super().__init__()
-        self._kernels = kernels = linear_kernels(dtype, int(y.max()) + 1)
+        self._kernels = kernels = linear_kernels(X.dtype, dtype, X.shape[1], int(y.max()) + 1)
         n_panels = -(-len(X) // kernels.width)
         self._chunks = list(slices(n_panels, LOSS_PANELS))
-        self._work, self._dtype = X.size, dtype
+        self.pass_cost = PASS_COSTS[kernels.form.operation.is_matrix]
+        self._work = X.size
+        self._rooms: dict[int, list[Any]] = defaultdict(list)
         # Features that are 0 in one sample of a class are more often 0 in the others too, and left out.
         order = np.argsort(y, kind="stable")
-        self._panels = packed(X, order, kernels)
+        self._panels, self._columns = packed(X, order, kernels)
+        # Multiply-adds of a model and a class in each chunk.
+        starts, of_row = self._panels.starts, kernels.width * kernels.depth * kernels.parts
+        self._products = [int(starts[part.stop] - starts[part.start]) * of_row for part in self._chunks]
         # Samples past the last have no weight.
         self._labels, self._sample_weight = (
             np.zeros(n_panels * kernels.width, np.int64),
@@ -480,43 +489,33 @@ class _LinearLoss(LinearLoss):
 
     def __call__(self, W: Array, b: Array, limit: float = math.inf) -> Array:
         """Return the loss of each model."""
-        kernels, (n_models, n_features, n_classes) = self._kernels, W.shape
-        n_tiles = -(-n_classes // kernels.height)
-        rows = np.zeros((n_models, n_tiles * kernels.height, n_features), self._dtype)
-        rows[:, :n_classes] = W.transpose(0, 2, 1)
-        weights = rows.reshape(n_models, n_tiles, kernels.height, n_features).transpose(0, 1, 3, 2)
-        weights = np.ascontiguousarray(weights)
-        intercepts = b.astype(np.float64)
+        kernels, (n_models, _, n_classes) = self._kernels, W.shape
+        models = kernels.coded(W, b.astype(np.float64), self._columns)
         # The order in which running sums take chunks is that of threads, so they round otherwise than the sum.
         stop = limit * (1 + 4 * len(self._chunks) * np.finfo(np.float64).eps)
         sums, running, lock = np.zeros((len(self._chunks), n_models)), np.zeros(n_models), threading.Lock()
 
         def task(number: int) -> None:
             with lock:
-                wanted = running <= stop
-            if not wanted.any():
+                wanted = np.flatnonzero(running <= stop)
+            if not len(wanted):
                 return
-            part = self._chunks[number]
-            scores = np.empty((n_tiles * kernels.height, kernels.width), self._dtype)
-            logits, lanes = np.empty((n_classes, kernels.width)), np.empty((3 + n_models, kernels.width))
+            part, rooms = self._chunks[number], self._rooms[n_models]
+            room = rooms.pop() if rooms else kernels.workspace(n_models, n_classes)
             kernels.losses(
-                *self._panels, part.start, part.stop, self._labels, self._sample_weight, weights, intercepts, wanted,
-                scores, logits, lanes, sums[number],
+                *self._panels, part.start, part.stop, self._labels, self._sample_weight, *models, wanted,
+                *room, sums[number],
             )  # fmt: skip
+            rooms.append(room)
             with lock:
                 running.__iadd__(sums[number])
-                self.operations[f"fma-{self._dtype}"] += n_classes * int(wanted.sum()) * self._kept(part)
+                self.operations[kernels.operation] += n_classes * len(wanted) * self._products[number]
 
         threads = thread_count() if self._work * n_models * n_classes >= SMALL_LOSS else 1
         run_tasks(task, range(len(self._chunks)), threads)
         # Not numpy's sum, which adds in an order that depends on the shape.
         losses = np.add.accumulate(sums)[-1]
         return np.where((running <= stop) & (losses <= limit), losses, math.inf)
-
-    def _kept(self, part: slice) -> int:
-        """Return the features of samples in some panels that are not left out."""
-        starts = self._panels.starts
-        return int(starts[part.stop] - starts[part.start]) * self._kernels.width
 
 
 def packed_within(budget: int, prepared: TileCorpus, kernels: TileKernels) -> TileCorpus:
@@ -530,18 +529,26 @@ def packed_within(budget: int, prepared: TileCorpus, kernels: TileKernels) -> Ti
     return TileCorpus(rows, packing, kernels)
 
 
-def packed(X: Array, order: Array, kernels: LinearKernels) -> Panels:
-    """Return the panels of samples, which are taken in an order of the rows."""
-    n_panels = -(-len(X) // kernels.width)
+def packed(X: Array, order: Array, kernels: LinearKernels) -> tuple[Panels, Array]:
+    """Return the panels of samples, which are taken in an order of the rows, and the order of their features."""
+    n_panels, depth = -(-len(X) // kernels.width), kernels.depth
     threads = thread_count() if X.size >= SMALL_LOSS else 1
     parts = list(slices(n_panels, LOSS_PANELS))
     kept = np.zeros((n_panels, X.shape[1]), np.bool_)
     run_tasks(lambda part: kernels.mark(X, order, part.start, part.stop, kept), parts, threads)
-    starts = np.concatenate([[0], kept.sum(axis=1).cumsum()])
-    features = np.nonzero(kept)[1].astype(np.int32)
-    values = np.empty((len(features), kernels.width), X.dtype)
-    run_tasks(lambda part: kernels.fill(X, order, part.start, part.stop, values, features, starts), parts, threads)
-    return Panels(values, features, starts)
+    # Those that most panels need come together, so that steps of them can be left out as well.
+    counts = kept.sum(axis=0)
+    used = np.argsort(-counts, kind="stable")[: max(1, np.count_nonzero(counts))]
+    columns = used if depth > 1 else np.arange(len(counts))
+    # What is in excess meets weights of 0.
+    taken = np.pad(columns, (0, -len(columns) % depth), mode="edge").astype(np.uint32)
+    needed = np.logical_or.reduce(kept[:, taken].reshape(n_panels, -1, depth), axis=2)
+    needed[:, 0] = True  # a loop of no steps would need a kernel of its own
+    starts = np.concatenate([[0], needed.sum(axis=1).cumsum()])
+    steps = np.nonzero(needed)[1].astype(np.uint32)  # numba looks for negative indices of others
+    values = kernels.packing(len(steps), X.dtype)
+    run_tasks(lambda part: kernels.fill(X, order, taken, part.start, part.stop, values, steps, starts), parts, threads)
+    return Panels(values, steps, starts), columns
 
 
 def is_scaled(space: Space) -> bool:

@@ -34,8 +34,14 @@ AUTO_BACKENDS = ("numba", "numpy")
 # Candidates of one pass at the most: where improvements are rarer than one in so many, the pass itself is a small part.
 LARGEST_BLOCK = 16
 
-# Iterations over which the share of improvements is estimated.
+# Iterations over which the share of those that were guessed wrongly is estimated.
 MEMORY = 16
+
+# Samples by which it is guessed whether a candidate improves, and those that take so much longer that it pays. Of
+# MNIST's iterations a quarter improves, and about this share is guessed wrongly.
+MISSED = 0.05
+FEW_SAMPLES = 1024
+GUESSED_SAMPLES = 16 * FEW_SAMPLES
 
 # A step of MNIST's 7,850 numbers takes 0.17 ms, more than a GPU needs for all else: some threads draw those to come, so
 # many together as are worth handing over, and beyond those that are asked for no more bytes than this. Short ones are
@@ -230,7 +236,7 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         n_batches = math.ceil(len(X) / BATCH)
         # An overflow ends in a loss that is not finite, which is not below any other.
         with limited_blas(), np.errstate(over="ignore", invalid="ignore"):
-            objective = Objective.of(engine.linear_loss(X, codes, weight, dtype), X, weight)
+            objective = Objective.of(engine, X, codes, weight, dtype)
             if previous is not None:
                 search.best = float(objective.losses(search.W[None], search.b[None], math.inf)[0])
             start, found = time.perf_counter(), 0
@@ -334,6 +340,8 @@ class Objective:
     Attributes
     ----------
     summed : LinearLoss
+    few : LinearLoss or None
+        The same over few of the samples, by which to guess, where that is worth while.
     total : float
         Weight of all samples.
     error_per_norm : float
@@ -341,23 +349,33 @@ class Objective:
     """
 
     summed: LinearLoss
+    few: LinearLoss | None
     total: float
     error_per_norm: float
 
     @classmethod
-    def of(cls, summed: LinearLoss, X: Array, weight: Array) -> Self:
-        """Return the objective on some samples."""
+    def of(cls, engine: Backend, X: Array, y: Array, weight: Array, dtype: np.dtype[Any]) -> Self:
+        """Return the objective on some samples, of class numbers y, for weights of a dtype."""
+        summed, few = engine.linear_loss(X, y, weight, dtype), None
+        # A call for one model after the other is what a device is slow at.
+        if len(X) >= GUESSED_SAMPLES and not summed.spares_host:
+            # As many of each class as there are of it among all.
+            chosen = np.argsort(y, kind="stable")[:: -(-len(X) // FEW_SAMPLES)]
+            few = engine.linear_loss(X[chosen], y[chosen], weight[chosen], dtype)
         total, chunks = float(weight.sum()), list(slices(len(X), chunk_rows(X.shape[1])))
         lengths = np.zeros(len(chunks))
 
+        # Squares of bytes do not overflow, and what float32 rounds in a length is nothing to a bound.
+        kind = np.float32 if X.dtype == np.uint8 else np.float64
+
         def add_lengths(number: int) -> None:
             rows = chunks[number]
-            wide = X[rows].astype(np.float64)
+            wide: Array = X[rows].astype(kind)
             lengths[number] = np.sqrt(np.einsum("ij,ij->i", wide, wide)) @ weight[rows]
 
         run_tasks(add_lengths, range(len(chunks)), thread_count())
         unit = np.finfo(np.result_type(X.dtype, np.float32)).eps / 2
-        return cls(summed, total, 2 * math.sqrt(X.shape[1]) * float(unit) * float(lengths.sum()) / total)
+        return cls(summed, few, total, 2 * math.sqrt(X.shape[1]) * float(unit) * float(lengths.sum()) / total)
 
     def losses(self, W: Array, b: Array, limit: float) -> Array:
         """Return the mean loss of each candidate, of those above the limit infinity."""
@@ -383,8 +401,10 @@ class Search:
         Iterations executed, and of the last of them those in a row without improvement.
     accepted, curve, near_ties : list
         What becomes the attributes of the estimator.
-    share : float
-        Of iterations that improve, the later ones counted more.
+    guess : float
+        The loss of the point over few samples; infinite where no guesses are made.
+    missed : float
+        The share of iterations that turned out otherwise than guessed, the later ones counted more.
     """
 
     seed: int
@@ -396,7 +416,8 @@ class Search:
     accepted: list[int] = field(default_factory=list)
     curve: list[float] = field(default_factory=list)
     near_ties: list[int] = field(default_factory=list)
-    share: float = 0.5
+    guess: float = math.inf
+    missed: float = 0.5
 
     @classmethod
     def begun(cls, seed: int, shape: tuple[int, int], dtype: np.dtype[Any], init_scale: float) -> Self:
@@ -432,37 +453,55 @@ class Search:
         self, objective: Objective, step_size: float, max_iter: int, patience: int, block_size: int | None
     ) -> Iterator[int]:
         """Search; yield at each improvement the patience that was left, with all attributes as they are then."""
-        is_spared = objective.summed.spares_host
-        with closing(Steps(self.seed, self.W.shape, step_size, max_iter, ahead=is_spared)) as steps:
+        few = objective.few if block_size != 1 else None
+        if few:
+            self.missed = min(self.missed, MISSED)
+        ahead = few is not None or objective.summed.spares_host
+        with closing(Steps(self.seed, self.W.shape, step_size, max_iter, ahead=ahead)) as steps:
             error = objective.error(self.W)
             while self.iteration < max_iter and self.fruitless < patience:
-                wanted = block_size or best_block(self.share, objective.summed.pass_cost)
-                ahead = range(self.iteration, self.iteration + min(wanted, max_iter - self.iteration))
-                drawn = steps.of(ahead[: patience - self.fruitless])
-                W, b = (
-                    np.stack([np.add(point, move, dtype=np.float64).astype(point.dtype) for move in moves])
-                    for point, moves in ((self.W, [step.W for step in drawn]), (self.b, [step.b for step in drawn]))
-                )
-                # A candidate's weights are no longer than the point's and the step's together.
-                longest = objective.error_per_norm * max(step.length for step in drawn)
-                doubt = 2 * (error + (error + longest) * LENGTH_SLACK)
+                wanted = block_size or best_block(self.missed, objective.summed.pass_cost)
+                coming = range(self.iteration, self.iteration + min(wanted, max_iter - self.iteration))
+                drawn = steps.of(coming[: patience - self.fruitless])
+                W, b, guesses = self._candidates(few, drawn)
+                # A candidate's weights are no longer than the point's and those of all steps together.
+                longest = error + objective.error_per_norm * sum(step.length for step in drawn)
+                doubt = 4 * longest * LENGTH_SLACK
                 losses = objective.losses(W, b, self.best + doubt)
                 for candidate, loss in enumerate(losses.tolist()):
                     apart = abs(loss - self.best)
                     if apart <= doubt and apart <= 2 * (error + objective.error(W[candidate])):
                         self.near_ties.append(self.iteration)
                     self.iteration += 1
-                    is_better = loss < self.best
-                    self.share += (is_better - self.share) / MEMORY
+                    is_better, is_guessed = loss < self.best, guesses[candidate] < self.guess
+                    self.missed += ((is_better != is_guessed) - self.missed) / MEMORY
                     if is_better:
                         left = patience - self.fruitless
                         self.W, self.b, self.best, self.fruitless = W[candidate], b[candidate], loss, 0
+                        self.guess = guesses[candidate]
                         self.accepted.append(self.iteration - 1)
                         self.curve.append(loss)
                         error = objective.error(self.W)
                         yield left
-                        break
-                    self.fruitless += 1
+                    else:
+                        self.fruitless += 1
+                    if is_better != is_guessed:
+                        break  # the candidates behind are around another point
+
+    def _candidates(self, few: LinearLoss | None, drawn: list["Step"]) -> tuple[Array, Array, list[float]]:
+        """Return the candidates of some steps and their losses over few samples, by which a candidate is taken here.
+
+        The next is around it then. Without guesses none is expected to improve.
+        """
+        W, b, guesses = [], [], []
+        point, intercepts, best = self.W, self.b, self.guess
+        for step in drawn:
+            W.append(np.add(point, step.W, dtype=np.float64).astype(point.dtype))
+            b.append(np.add(intercepts, step.b, dtype=np.float64).astype(intercepts.dtype))
+            guesses.append(float(few(W[-1][None], b[-1][None])[0]) if few else math.inf)
+            if guesses[-1] < best:
+                point, intercepts, best = W[-1], b[-1], guesses[-1]
+        return np.stack(W), np.stack(b), guesses
 
 
 @dataclass(frozen=True, slots=True)
@@ -547,21 +586,21 @@ class Steps:
         return [Step.drawn(self._seed, i, self._shape, self._step_size) for i in iterations]
 
 
-def best_block(share: float, pass_cost: float) -> int:
-    """Return how many candidates to evaluate in a pass when this share of iterations improves.
+def best_block(missed: float, pass_cost: float) -> int:
+    """Return how many candidates to evaluate in a pass when this share of iterations is guessed wrongly.
 
-    A block of B yields ``(1 - (1 - share)**B) / share`` iterations and costs ``pass_cost + B``.
+    A block of B yields ``(1 - (1 - missed)**B) / missed`` iterations and costs ``pass_cost + B``.
 
     Examples
     --------
-    >>> [best_block(share, 0.4) for share in (0.5, 0.1, 0.01, 0.0)]
+    >>> [best_block(missed, 0.4) for missed in (0.5, 0.1, 0.01, 0.0)]
     [1, 3, 9, 16]
-    >>> [best_block(share, 5) for share in (0.5, 0.1, 0.01, 0.0)]
+    >>> [best_block(missed, 5) for missed in (0.5, 0.1, 0.01, 0.0)]
     [3, 8, 16, 16]
     """
     best, best_rate, gain, left = 1, 0.0, 0.0, 1.0
     for size in range(1, LARGEST_BLOCK + 1):
-        gain, left = gain + left, left * (1 - share)
+        gain, left = gain + left, left * (1 - missed)
         if gain > best_rate * (pass_cost + size):
             best, best_rate = size, gain / (pass_cost + size)
     return best

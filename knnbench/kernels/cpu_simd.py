@@ -414,6 +414,7 @@ _MADD = {32: ("llvm.x86.avx2.pmadd.wd", "avx2"), 64: ("llvm.x86.avx512.pmaddw.d.
 _VNNI = {32: ("llvm.x86.avx512.vpdpbusd.256", "avxvnni"), 64: ("llvm.x86.avx512.vpdpbusd.512", "avx512vnni")}
 _AMX = {64: ("llvm.x86.tdpbuud", "amx-int8")}
 _AMX_SIGNED = {64: ("llvm.x86.tdpbssd", "amx-int8")}
+_AMX_MIXED = {64: ("llvm.x86.tdpbsud", "amx-int8")}
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
@@ -433,6 +434,8 @@ OPERATIONS: dict[str, Operation] = {
             Operation(f"digits-{dtype}", dtype, "uint8", 4, "float32", no_step, _AMX_SIGNED, is_matrix=True, digits=2)
             for dtype in ("float32", "float64")
         ),
+        # Bytes of queries are signed.
+        Operation("product-digits-matrix", "uint8", "uint8", 4, "int32", no_step, _AMX_MIXED, is_matrix=True),
         # For so many features that 32 bits cannot hold their sum.
         Operation("square-int64", "uint8", "int64", 1, "int64", add_square_longs, {}),
         Operation("product-int64", "uint8", "int64", 1, "int64", add_product_longs, {}),

@@ -393,8 +393,8 @@ class _Search(_Case):
         from knnbench.classifiers.random_search import Objective
 
         X, y, weight = self.X[:n_samples], self.y[:n_samples], np.ones(n_samples)
-        seconds, _, summed = timed(lambda: self.backend.linear_loss(X, y, weight, self.dtype), self.backend)
-        return seconds, Objective.of(summed, X, weight)
+        seconds, _, objective = timed(lambda: Objective.of(self.backend, X, y, weight, self.dtype), self.backend)
+        return seconds, objective
 
     def search(self, objective: Any, seed: int, n_iterations: int) -> Any:
         """Return a search after some iterations."""
