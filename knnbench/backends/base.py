@@ -286,7 +286,7 @@ class Backend(ABC):
         sample_weight : (n_samples,) array of float64
             Not negative.
         dtype : numpy.dtype
-            float32 or float64: of the weights, in which products are computed.
+            float32 or float64: of the weights. Products are computed in it, or at least as accurately.
 
         Returns
         -------

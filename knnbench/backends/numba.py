@@ -6,6 +6,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -83,7 +84,8 @@ LEAST_QUERIES = 64
 # What a call costs beyond its models, in models, without and with a matrix unit (measured on MNIST).
 PASS_COSTS = 0.4, 1.5
 
-# Panels of samples whose losses are a task: enough to hand it to a thread, few enough for all threads to end together.
+# Panels of samples whose losses are summed together: enough to hand them to a thread, few enough for all threads to end
+# together.
 LOSS_PANELS = 64
 
 # Pairs of a block whose distances are finished while they are in the cache.
@@ -259,7 +261,11 @@ class NumbaBackend(HostBackend):
         return values, indices, np.logical_and.reduce(is_sure)
 
     def linear_loss(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> LinearLoss:
-        """Return the losses of `Backend.linear_loss`, which holds the samples a second time, in `Panels`."""
+        """Return the losses of `Backend.linear_loss`, which holds the samples a second time, in `Panels`.
+
+        Bytes are multiplied by float32 on a matrix unit, if there is one: exactly, with weights that are rounded to 22
+        bits of the largest of their class.
+        """
         return _LinearLoss(X, y, sample_weight, dtype)
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
@@ -462,15 +468,15 @@ def ranks_exactly(n_queries: int, space: Space) -> bool:
 class _LinearLoss(LinearLoss):
     """Losses by the fused kernel.
 
-    Chunks of panels are tasks of threads. Their losses are added in the order of chunks, so that the sum is the same
-    whatever threads there are and whatever models are computed together.
+    Pieces of some chunks of panels are tasks of threads. The losses of chunks are added in their order, so that the sum
+    is the same whatever threads there are and whatever models are computed together.
     """
 
     def __init__(self, X: Array, y: Array, sample_weight: Array, dtype: np.dtype[Any]) -> None:
         super().__init__()
         self._kernels = kernels = linear_kernels(X.dtype, dtype, X.shape[1], int(y.max()) + 1)
         n_panels = -(-len(X) // kernels.width)
-        self._chunks = list(slices(n_panels, LOSS_PANELS))
+        self._size, chunks = LOSS_PANELS, list(slices(n_panels, LOSS_PANELS))
         self.pass_cost = PASS_COSTS[kernels.form.operation.is_matrix]
         self._work = X.size
         self._rooms: dict[int, list[Any]] = defaultdict(list)
@@ -479,7 +485,7 @@ class _LinearLoss(LinearLoss):
         self._panels, self._columns = packed(X, order, kernels)
         # Multiply-adds of a model and a class in each chunk.
         starts, of_row = self._panels.starts, kernels.width * kernels.depth * kernels.parts
-        self._products = [int(starts[part.stop] - starts[part.start]) * of_row for part in self._chunks]
+        self._products = [int(starts[part.stop] - starts[part.start]) * of_row for part in chunks]
         # Samples past the last have no weight.
         self._labels, self._sample_weight = (
             np.zeros(n_panels * kernels.width, np.int64),
@@ -492,30 +498,37 @@ class _LinearLoss(LinearLoss):
         kernels, (n_models, _, n_classes) = self._kernels, W.shape
         models = kernels.coded(W, b.astype(np.float64), self._columns)
         # The order in which running sums take chunks is that of threads, so they round otherwise than the sum.
-        stop = limit * (1 + 4 * len(self._chunks) * np.finfo(np.float64).eps)
-        sums, running, lock = np.zeros((len(self._chunks), n_models)), np.zeros(n_models), threading.Lock()
+        stop = limit * (1 + 4 * len(self._products) * np.finfo(np.float64).eps)
+        sums, running, lock = np.zeros((len(self._products), n_models)), np.zeros(n_models), threading.Lock()
 
-        def task(number: int) -> None:
+        def task(piece: slice) -> None:
             with lock:
                 wanted = np.flatnonzero(running <= stop)
             if not len(wanted):
                 return
-            part, rooms = self._chunks[number], self._rooms[n_models]
+            rooms, part = self._rooms[n_models], sums[piece]
             room = rooms.pop() if rooms else kernels.workspace(n_models, n_classes)
             kernels.losses(
-                *self._panels, part.start, part.stop, self._labels, self._sample_weight, *models, wanted,
-                *room, sums[number],
+                *self._panels, piece.start, self._size, self._labels, self._sample_weight, *models, wanted, *room, part
             )  # fmt: skip
             rooms.append(room)
             with lock:
-                running.__iadd__(sums[number])
-                self.operations[kernels.operation] += n_classes * len(wanted) * self._products[number]
+                running.__iadd__(part.sum(axis=0))
+                self.operations[kernels.operation] += n_classes * len(wanted) * sum(self._products[piece])
 
         threads = thread_count() if self._work * n_models * n_classes >= SMALL_LOSS else 1
-        run_tasks(task, range(len(self._chunks)), threads)
+        run_tasks(task, self._pieces(threads), threads)
         # Not numpy's sum, which adds in an order that depends on the shape.
         losses = np.add.accumulate(sums)[-1]
         return np.where((running <= stop) & (losses <= limit), losses, math.inf)
+
+    def _pieces(self, threads: int) -> Iterator[slice]:
+        """Return chunks in pieces that become smaller, so that all threads end together."""
+        start = 0
+        while left := len(self._products) - start:
+            stop = start + max(1, left // (2 * threads))
+            yield slice(start, stop)
+            start = stop
 
 
 def packed_within(budget: int, prepared: TileCorpus, kernels: TileKernels) -> TileCorpus:
