@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from knnbench import RandomSearchClassifier, datasets
+from knnbench.backends import get_backend
 from knnbench.backends.notebook import BATCH
 from knnbench.classifiers.random_search import generator
 from knnbench.measure.ceilings import Ceilings
@@ -92,10 +93,12 @@ def main() -> None:
         median = statistics.median(samples)
         print(f"{name:12} {median:.4g}  ({min(samples):.4g} to {max(samples):.4g})  x {median / own:.3g}")
     print(f"drawing a candidate: {statistics.median(drawn) / own:.1%} of an iteration")
-    rate = Ceilings(thread_count()).rate("fma-float32")
-    if rate is not None:
-        dense = X.shape[0] * X.shape[1] * 10 / own / rate
-        print(f"multiply-adds of the whole product: {dense:.0%} of the ceiling; features that are 0 are left out")
+    losses = get_backend(given.backend).linear_loss(data.X_train, y.numpy(), np.ones(len(y)), np.dtype(np.float32))
+    losses(first.coef_.T[None], first.intercept_[None])
+    for probe, count in losses.operations.items():
+        rate = Ceilings(thread_count()).rate(probe)
+        if rate is not None:
+            print(f"operations of one candidate, {probe}: {count / own / rate:.0%} of the ceiling")
 
 
 if __name__ == "__main__":

@@ -507,7 +507,10 @@ class _LinearLoss(LinearLoss):
             if not len(wanted):
                 return
             rooms, part = self._rooms[n_models], sums[piece]
-            room = rooms.pop() if rooms else kernels.workspace(n_models, n_classes)
+            try:
+                room = rooms.pop()
+            except IndexError:  # of all that there are, another thread uses one
+                room = kernels.workspace(n_models, n_classes)
             kernels.losses(
                 *self._panels, piece.start, self._size, self._labels, self._sample_weight, *models, wanted, *room, part
             )  # fmt: skip
