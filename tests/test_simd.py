@@ -344,19 +344,37 @@ def test_a_filter_gives_up_where_norms_overflow(name, rng):
     assert (indices[:, 0] == range(8)).all()
 
 
+def searched_directly(monkeypatch):
+    """Return a list of how many queries each task of a search takes that no filter settled."""
+    module, counts = sys.modules["knnbench.backends.numba"], []
+    search = module._Direct.__call__
+
+    def counted(self, prepared, rows, block, *args):
+        counts.append(len(block))
+        return search(self, prepared, rows, block, *args)
+
+    monkeypatch.setattr(module._Direct, "__call__", counted)
+    return counts
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cityblock", "cosine"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_query_that_is_not_finite_is_searched_alone(bad, metric, rng, monkeypatch):
+    corpus, queries = (rng.normal(size=(n, 64)).astype(np.float32) for n in (4000, 300))
+    expected = knn(queries, corpus, 3, metric, backend="numba")
+    queries[7, 3] = bad
+    searched = searched_directly(monkeypatch)
+    found = knn(queries, corpus, 3, metric, backend="numba", check_finite=False)
+    assert searched == [1]
+    for one, other in zip(found, expected, strict=True):
+        assert_identical(np.delete(one, 7, axis=0), np.delete(other, 7, axis=0))
+
+
 @pytest.mark.parametrize("share", [0.02, 0.9])
 def test_queries_in_doubt_are_searched_again(share, rng, monkeypatch):
     module = sys.modules["knnbench.backends.numba"]
     monkeypatch.setattr(module, "TASK_QUERIES", 64)
-    searched, search = [], module._Direct.__call__
-    monkeypatch.setattr(
-        module._Direct,
-        "__call__",
-        lambda self, prepared, rows, block, *args: (
-            searched.append(len(block)),
-            search(self, prepared, rows, block, *args),
-        )[1],
-    )
+    searched = searched_directly(monkeypatch)
     corpus = rng.normal(size=(4000, 64)).astype(np.float32)
     corpus[:60] = corpus[0]  # more equal rows than are kept
     queries = rng.normal(size=(500, 64)).astype(np.float32)

@@ -352,8 +352,15 @@ class _Filtered(_Search):
             return False
         found = kept_by(kernels, prepared, block, part, kept_rows(k, n_rows))
         if found is None:
-            self._gives_up = True  # norms overflow, of other queries too
-            return False
+            are_finite = np.isfinite(block).all(axis=1)
+            if are_finite.all():
+                self._gives_up = True  # norms overflow, of other queries too
+            if are_finite.all() or not are_finite.any():
+                return False
+            is_sure, some = np.zeros(n_queries, bool), (ranked[are_finite], nearest[are_finite])
+            is_sure[are_finite] = self(prepared, rows, block[are_finite], part, *some)
+            ranked[are_finite], nearest[are_finite] = some
+            return is_sure
         work, lists = found
         in_doubt = np.ones(n_queries, np.bool_)
         kernels.prove(
