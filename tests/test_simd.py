@@ -5,6 +5,7 @@ of 64 bytes, what AVX-512 would run, with each instruction replaced by its form 
 loops. That the instruction itself is there is read off the machine code.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -25,6 +26,7 @@ from knnbench.kernels.cpu_loops import (
     configure_matrix_unit,
     matrix_sums,
     release_matrix_unit,
+    rows_beyond,
     shift_in,
     tile_sums,
 )
@@ -355,6 +357,29 @@ def searched_directly(monkeypatch):
 
     monkeypatch.setattr(module._Direct, "__call__", counted)
     return counts
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("level", [simd_level(), *RUN])
+def test_rows_that_one_feature_shows_to_be_farther(level, dtype, rng):
+    form = vectors_of(f"largest-{np.dtype(dtype)}", level, frozenset())
+    name, width = form.name, form.panel_rows
+
+    @numba.njit
+    def beyond(value, panel, first, most):
+        return rows_beyond(name, value, panel, first, most)
+
+    # Small whole numbers, which are often as far as `most`, and differences that float64 has to round.
+    panel = rng.integers(-3, 4, (5, width)).astype(dtype)
+    panel[3:] += np.array(2.0**-70, dtype) * (panel[3:] == 0)
+    for f, value, most in itertools.product(range(5), range(-3, 4), (0.0, 1.0, 2.0, 2.5, 3.0, np.inf)):
+        expected = 0
+        for r in range(width):
+            exact = abs(Fraction(value) - Fraction(float(panel[f, r])))
+            is_exact = Fraction(float(exact)) == exact
+            expected |= (float(exact) > most or (float(exact) == most and is_exact)) << r
+        found = beyond(dtype(value), panel.ravel(), f * width, most)
+        assert found & (2**width - 1) == expected
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "cityblock", "cosine"])

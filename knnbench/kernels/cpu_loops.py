@@ -56,6 +56,7 @@ __all__ = [
     "place_at",
     "release_matrix_unit",
     "row_values",
+    "rows_beyond",
     "set_up",
     "shift_in",
     "splat",
@@ -549,6 +550,61 @@ def tile(
         hits,
     )
     return types.boolean(*arguments), generate
+
+
+@intrinsic(prefer_literal=True)
+def rows_beyond(typing_context: Any, vectors: Any, value: Any, panel: Any, first: Any, most: Any) -> Any:
+    """Return which rows of a panel differ from a query in one feature by `most` or more, in float64.
+
+    A difference counts as `most` only if float64 holds it without rounding.
+
+    Parameters
+    ----------
+    vectors : str
+        Name of the `Vectors` of a panel of floats, a constant.
+    value : float
+        The query's.
+    panel : array
+        The panel of the corpus.
+    first : int
+        The feature's first element in `panel`.
+    most : float64
+
+    Returns
+    -------
+    int64
+        A word of bits, that of row r set if it is.
+    """
+    if not isinstance(vectors, types.Literal):
+        return None
+    form = vectors_named(vectors.literal_value)
+
+    def generate(context: Any, builder: Builder, signature: Any, args: Any) -> Any:
+        panel = array_data(context, builder, signature.args[2], args[2])
+        size = np.dtype(form.operation.element).itemsize
+        wide = ir.VectorType(ir.DoubleType(), form.lanes)
+
+        def widened(values: Any) -> Any:
+            return values if values.type == wide else builder.fpext(values, wide)
+
+        query, most = widened(splat(builder, args[1], form.lanes)), splat(builder, args[4], form.lanes)
+        zero, word = ir.Constant(wide, None), INT64(0)
+        for v in range(form.tile_shape[1]):
+            at = builder.mul(builder.add(args[3], INT64(v * form.lanes)), INT64(size))
+            taken = builder.fneg(widened(builder.load(place_at(builder, panel, at, form.elements), align=size)))
+            # The error of the sum of two numbers, as in `expansions.two_sum`.
+            total = builder.fadd(query, taken)
+            part = builder.fsub(total, query)
+            rest = builder.fadd(builder.fsub(query, builder.fsub(total, part)), builder.fsub(taken, part))
+            magnitude = absolute_of_floats(builder, total)
+            equal = builder.fcmp_ordered("==", magnitude, most)
+            equal = builder.and_(equal, builder.fcmp_ordered("==", rest, zero))
+            beyond = builder.or_(builder.fcmp_ordered(">", magnitude, most), equal)
+            bits = builder.zext(builder.bitcast(beyond, ir.IntType(form.lanes)), INT64)
+            word = builder.or_(word, builder.shl(bits, INT64(v * form.lanes)))
+        return word
+
+    return types.int64(vectors, value, panel, types.int64, types.float64), generate
 
 
 @intrinsic(prefer_literal=True)

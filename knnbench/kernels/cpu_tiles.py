@@ -49,6 +49,7 @@ from knnbench.kernels.cpu_loops import (
     move,
     move_square,
     row_values,
+    rows_beyond,
     set_up,
     tear_down,
     tile,
@@ -766,6 +767,15 @@ def _compiled(
                     if not left:
                         continue
                     query_norm = query_norms[i + t]
+                    several = left & (left - 1)
+                    if is_exact and not is_filling and several & (several - 1):
+                        query, mine = np.uint64(i * n_groups + t), (i + t) * WITNESSES
+                        for s in range(WITNESSES):
+                            f = np.uint64(witnesses[mine + s])
+                            value = packed[query + f * np.uint64(height)]
+                            left &= ~rows_beyond(tiles, value, panel, np.int64(f) * width, values[i + t, kth])
+                            if not left:
+                                break
                     while left:
                         r = trailing_zeros(left)
                         left &= left - 1
