@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -483,13 +484,26 @@ def digit_data(kind, dtype, n_features, rng):
         # All features lie between two whole numbers of the last digit.
         queries[:], corpus[:] = 0.5, 0.5 * np.sign(rng.normal(size=(35, 1)))
         queries[:, 0] = corpus[:, 1] = 127 * 256
+    elif kind in ALONG:
+        # Neither a rest nor low digits; rests that lie along it; low digits that do. One query is unlike the others.
+        whole, rest, low = (np.full((35, n_features), x) for x in (127 * 256.0, 0.5, 127.0))
+        rest[:, 0] = low[:, 0] = 127 * 256
+        queries, corpus = {
+            "rest of rows": (whole, rest),
+            "rest of queries": (rest, whole),
+            "rest of one query": (np.concatenate([rest[:1], whole]), whole),
+            "low digits of one query": (np.concatenate([low[:1], whole]), low),
+        }[kind]
+        queries = queries[:9]
     elif kind == "scales":
         queries *= 2.0 ** rng.integers(-20, 20, (9, 1))
         corpus *= 2.0 ** rng.integers(-20, 20, (35, 1))
     return queries.astype(dtype), corpus.astype(dtype), centre.astype(dtype)
 
 
-DIGIT_KINDS = ["normal", "far", "sparse", "spike", "halves", "scales"]
+ALONG = ["rest of rows", "rest of queries", "rest of one query", "low digits of one query"]
+
+DIGIT_KINDS = [*ALONG, "normal", "far", "sparse", "spike", "halves", "scales"]
 
 
 def excess(name, kind, dtype, n_features, rng):
@@ -513,10 +527,10 @@ def test_no_exact_value_is_below_a_key_of_digits(name, kind, dtype, rng):
         above, below = excess(name, kind, dtype, n_features, rng)
         assert above <= 1
         # And a key is of use: within a few thousandths of the squared lengths, but for rows of low digits only.
-        assert below <= (2 if kind in ("spike", "halves") else 0.01)
+        assert below <= (2 if kind in ("spike", "halves", *ALONG) else 0.01)
 
 
-@pytest.mark.parametrize("kind", ["spike", "halves"])
+@pytest.mark.parametrize("kind", ["spike", "halves", *ALONG])
 def test_keys_without_their_bound_would_be_above_exact_values(kind, rng, monkeypatch):
     monkeypatch.setattr(cpu_digits, "SLACK", 0.0)
     caches = cpu_digits.digit_kernels, cpu_tiles._compiled
@@ -527,6 +541,43 @@ def test_keys_without_their_bound_would_be_above_exact_values(kind, rng, monkeyp
     finally:
         for cache in caches:
             cache.cache_clear()
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_a_norm_that_rounds_to_the_largest_is_either_refused_or_has_digits(name, rng):
+    largest = float(np.finfo(np.float32).max) / 16
+    corpus, queries = rng.normal(size=(40, 64)), rng.normal(size=(8, 64))
+    corpus[20] = np.sqrt(largest / 64) * (1 + 2**-27)
+    keys, norms = keys_of_all(name, queries, corpus, np.zeros(64))
+    exact = exact_squares(queries, corpus)
+    assert (keys + norms[:, None] <= exact * (1 + 1e-6)).all()
+    assert (keys[:, 20] > largest / 2).all()
+
+
+@pytest.mark.parametrize("name", DIGITS)
+@pytest.mark.parametrize("length", [1e-160, 1e-100, 1e-40, 1e-30])
+def test_queries_very_close_to_the_centre_have_keys(name, length, rng):
+    queries, corpus = rng.normal(size=(8, 64)), rng.normal(size=(40, 64))
+    queries[:4] *= length
+    keys, norms = keys_of_all(name, queries, corpus, np.zeros(64))
+    exact = exact_squares(queries, corpus)
+    assert (keys + norms[:, None] <= exact * (1 + 1e-6)).all()
+    assert (keys + norms[:, None] >= exact * 0.99).all()
+
+
+@pytest.mark.parametrize(("share", "k"), [(0.3, 150), (1.0, 100)])
+def test_queries_in_doubt_keep_to_the_budget(share, k, rng):
+    corpus = rng.normal(size=(6000, 64)).astype(np.float32)
+    corpus[:400] = corpus[0]
+    queries = rng.normal(size=(3000, 64)).astype(np.float32)
+    queries[rng.random(3000) < share] = corpus[0]
+    budget = 1 << 19
+    knn(queries, corpus, k, "sqeuclidean", backend="numba", memory_budget=budget)  # compiled, which takes memory too
+    tracemalloc.start()
+    found = knn(queries, corpus, k, "sqeuclidean", backend="numba", memory_budget=budget)
+    held = tracemalloc.get_traced_memory()[1] - sum(array.nbytes for array in found)
+    tracemalloc.stop()
+    assert held <= 1.3 * budget
 
 
 @pytest.mark.skipif(not HAS_MATRIX_UNIT, reason="no matrix unit (AMX)")

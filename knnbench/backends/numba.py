@@ -19,7 +19,16 @@ from knnbench.kernels.cpu_linear import LinearKernels, Panels, linear_kernels
 from knnbench.kernels.cpu_lists import MANY, list_room
 from knnbench.kernels.cpu_rows import unit_rows
 from knnbench.kernels.cpu_simd import LEVELS, cpu_features, simd_level
-from knnbench.kernels.cpu_tiles import Filter, Packing, TileKernels, Workspace, filters_of, kept_rows, tile_kernels
+from knnbench.kernels.cpu_tiles import (
+    Filter,
+    Packing,
+    TileKernels,
+    Workspace,
+    filters_of,
+    kept_rows,
+    neighbours_of,
+    tile_kernels,
+)
 from knnbench.metrics import Space
 from knnbench.ordering import merge_topk
 from knnbench.settings import LEVEL_VARIABLE, setting
@@ -29,6 +38,10 @@ from .base import Candidates, Capabilities, HostBackend, Native
 from .linear import LinearLoss
 
 __all__ = ["NumbaBackend"]
+
+# If more than one in so many queries cannot be proved by what a filter keeps, another search for these takes less than
+# float64 would.
+DOUBTFUL_SHARE = 32
 
 # Queries a task at the most: so many that packing a corpus row is little against comparing it with all of them, and
 # that the last task of a call, for which the other threads wait, is short.
@@ -192,10 +205,11 @@ class NumbaBackend(HostBackend):
 
     def spare(self, k: int, n_queries: int, space: Space) -> int:
         """Return one for largest differences that are ranked by float64: the next is farther, or ties exactly; for
-        squares as many as their filter keeps."""
+        squares as many as their filter has room for."""
         if ranks_exactly(n_queries, space):
             return 1
-        return kept_rows(k, sys.maxsize) - k if squares_filter(space) else super().spare(k, n_queries, space)
+        is_kept = space.form.from_dot is not None and len(filters_of(space)) > 0
+        return list_room(kept_rows(k, sys.maxsize), sys.maxsize) - k if is_kept else super().spare(k, n_queries, space)
 
     def candidates(self, queries: Native, prepared: TileCorpus, count: int, space: Space, budget: int) -> Candidates:
         """Return what a filter of squares keeps, and for largest differences the nearest of exact arithmetic, as the
@@ -209,13 +223,23 @@ class NumbaBackend(HostBackend):
             floor = np.where(is_finite, np.nextafter(last, -np.inf), -np.inf)
             return Candidates(indices, floor, last, f"{space.dtype} differences", is_sure & is_finite)
         first = next(iter(_filters(queries, prepared, count, space)), None)
-        if first is not None and first == squares_filter(space) and count < MANY:
-            keeping = _Keeping(first, space, len(queries))
-            values, indices, are_known = self._run(queries, prepared, count, space, budget, keeping)
-            if are_known.all():
-                last = values[:, -1]
-                return Candidates(indices, keeping.floor(last), last, keeping.form)
-        return super().candidates(queries, prepared, count, space, budget)
+        if first is None or space.form.from_dot is None or count >= MANY:
+            return super().candidates(queries, prepared, count, space, budget)
+        keeping = _Keeping(first, space, len(queries))
+        values, indices, are_known = self._run(queries, prepared, count, space, budget, keeping)
+        last = values[:, -1]
+        del values
+        floor = np.where(are_known, keeping.floor(last), -np.inf)
+        # Nothing will be proved where a neighbour's own value is not below the floor.
+        reach = values_of(queries, prepared, indices[:, neighbours_of(count) - 1], space)
+        doubtful = np.flatnonzero(~(reach < floor))
+        if len(doubtful) == len(queries):
+            del indices
+            return super().candidates(queries, prepared, count, space, budget)
+        if DOUBTFUL_SHARE * len(doubtful) > len(queries):
+            found = super().candidates(queries[doubtful], prepared, count, space, budget)
+            indices[doubtful], floor[doubtful], last[doubtful] = found.indices, found.floor, found.last
+        return Candidates(indices, floor, last, keeping.form)
 
     def _search(
         self, queries: Native, prepared: TileCorpus, k: int, space: Space, budget: int, steps: list[Filter | None]
@@ -225,10 +249,12 @@ class NumbaBackend(HostBackend):
         kernels = tile_kernels(space, steps[0])
         search = _Filtered(kernels, space, steps[0].error(space)) if steps[0] else _Direct(kernels, space)
         values, indices, is_sure = self._run(queries, prepared, k, space, budget, search)
-        left: Array = np.flatnonzero(~is_sure & (steps[0] is not None))
+        left: Array = np.flatnonzero(~is_sure)
         if len(left) == len(queries):
+            del values, indices
             return self._search(queries, prepared, k, space, budget, steps[1:])
-        for some in slices(len(left), max(1, budget // 4 // (space.n_features * space.dtype.itemsize))):
+        held = space.n_features * space.dtype.itemsize + k * (values.itemsize + indices.itemsize)
+        for some in slices(len(left), max(1, budget // 4 // held)):
             rows = left[some]
             found = self._search(queries[rows], prepared, k, space, budget - budget // 4, steps[1:])
             values[rows], indices[rows] = found
@@ -283,9 +309,17 @@ def _filters(queries: Array, prepared: TileCorpus, k: int, space: Space) -> tupl
     return () if is_small and filters and not prepared.packed(tile_kernels(space, filters[0])) else filters
 
 
-def squares_filter(space: Space) -> Filter | None:
-    """Return what filters squared distances first, if anything does."""
-    return next(iter(filters_of(space)), None) if space.form.from_dot is not None else None
+def values_of(queries: Array, prepared: TileCorpus, nearest: Array, space: Space) -> Array:
+    """Return the values by the direct form of queries and one corpus row of each."""
+    kernels, n_queries = tile_kernels(space), len(queries)
+    values, nearest = np.empty((n_queries, 1), kernels.ranked), np.ascontiguousarray(nearest)[:, None]
+
+    def task(rows: slice) -> None:
+        block, lists = prepared_rows(queries[rows], space), (values[rows], nearest[rows], np.ones(n_queries, np.int64))
+        kernels.order(block, prepared.rows, kernels.few(1)[1], 1, *lists, values[rows], nearest[rows])
+
+    run_tasks(task, list(slices(n_queries, TASK_QUERIES)), thread_count())
+    return values[:, 0]
 
 
 def are_few(n_queries: int, space: Space) -> bool:

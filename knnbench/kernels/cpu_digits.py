@@ -14,9 +14,9 @@ one of float32. What is left out is, by Cauchy and Schwarz, at most ::
     |q| |r_c| + |r_q| (|c| + |r_c|) + s_q |l_q| s_c |l_c|
 
 where ``s |l|`` is measured of each row and ``|r|`` at most ``s sqrt(n) / 2``. A row's key is ``|c|^2 - 2 q.c`` less
-twice that bound: below it no exact value can be, but for the roundings that `error` declares. What this leaves in doubt
-is less than what float32 arithmetic does by its own declared error, unless single features of a row are much larger
-than all others; rows of which that is so are never wrong, only searched again.
+twice that bound: below it no exact value can be, but for the roundings that `error` declares. That is about twice what
+float32 arithmetic leaves in doubt by its own declared error, unless single features of a row are much larger
+than all others: then queries are searched again.
 
 A panel of queries has, for each 64 features, a tile of h of 16 queries, one of the next 16, and those of l; a panel of
 the corpus a tile of h and one of l of its 16 rows, of which groups of four features lie interleaved (Intel SDM,
@@ -56,6 +56,7 @@ from knnbench.kernels.cpu_simd import (
     Vectors,
     absolute_of_floats,
     call,
+    constant,
     groups_summed,
     larger_of_floats,
     multiply_add,
@@ -78,7 +79,7 @@ LANES = 16
 # The largest whole number of two digits.
 LARGEST = 127 * 256
 
-# Exponents of scales that leave all products of two in the range of float32 where their rows' norms are.
+# Exponents of scales that are normal numbers of float32, and so are their inverses.
 LEAST_EXPONENT, MOST_EXPONENT = -126, 120
 
 # For the roundings of the bound itself.
@@ -89,7 +90,7 @@ def exact_error(space: Space) -> float:
     """Return how far keys may be above exact values less ``|q|^2``, as a factor of ``|q|^2 + |c|^2`` of centred rows.
 
     With u = eps / 2 of float32, the six roundings of a key are together below ``43 u (|q|^2 + |c|^2)``, because what a
-    row's high and low digits stand for is at most 2.5 and 1.5 times as long as the row. Norms are sums of 16 lanes, off
+    row's high and low digits stand for is at most 2.5 and 2 times as long as the row. Norms are sums of 16 lanes, off
     by at most ``(n / 16 + 18) u``, and centring costs ``4.1 u``, u here of the rows' dtype (`Space.gram_error`).
     """
     eps, own = float(np.finfo(np.float32).eps), float(np.finfo(space.dtype).eps)
@@ -235,7 +236,7 @@ def tile_of_digits(
         norm, scale, gap = (
             builder.load(place_at(builder, base, INT64(0), vector), align=4) for base in (norms, scales, gaps)
         )
-        base_256 = ir.Constant(vector, [ir.Constant(number, 256.0)] * lanes)
+        base_256 = constant(vector, 256.0)
 
         def query(i: Any, found: list[Any]) -> list[Any]:
             places = [builder.add(builder.mul(i, INT64(64)), INT64(2 * TILE * kind)) for kind in range(2)]
@@ -265,12 +266,12 @@ def tile_of_digits(
     return types.boolean(*arguments), generate
 
 
-def _row_vectors(builder: Builder, kind: Any, row: Any, number: Any) -> tuple[Any, Any]:
-    """Emit the loading of the `number`-th 16 features of a centred row; return them, and their type."""
+def _row_vectors(builder: Builder, kind: Any, row: Any, number: Any) -> Any:
+    """Emit the loading of the `number`-th 16 features of a centred row."""
     size = kind.bitwidth // 8
     vector = ir.VectorType(TYPES[kind.name], LANES)
     address = place_at(builder, row, builder.mul(number, INT64(LANES * size)), vector)
-    return builder.load(address, align=size), vector
+    return builder.load(address, align=size)
 
 
 @intrinsic(prefer_literal=False)
@@ -292,7 +293,7 @@ def measure_row(typing_context: Any, row: Any, n_steps: Any, out: Any) -> Any:
         row, out = (array_data(context, builder, signature.args[i], args[i]) for i in (0, 2))
 
         def step(number: Any, found: list[Any]) -> list[Any]:
-            values, _ = _row_vectors(builder, kind, row, number)
+            values = _row_vectors(builder, kind, row, number)
             magnitudes = absolute_of_floats(builder, values)
             return [multiply_add(builder, values, values, found[0]), larger_of_floats(builder, found[1], magnitudes)]
 
@@ -340,16 +341,13 @@ def write_digits(
         groups = ir.VectorType(INT32, LANES // 4)
 
         def written(number: Any, found: list[Any]) -> list[Any]:
-            values, vector = _row_vectors(builder, kind, row, number)
+            values = _row_vectors(builder, kind, row, number)
+            vector = values.type
             name = f"v{LANES}{vector.element.intrinsic_name}"
-
-            def each(value: float) -> Any:
-                return ir.Constant(vector, [ir.Constant(vector.element, value)] * LANES)
-
             whole = call(builder, f"llvm.rint.{name}", vector, builder.fmul(values, inverse))
-            halves = multiply_add(builder, whole, each(1 / 256), each(0.5))
+            halves = multiply_add(builder, whole, constant(vector, 1 / 256), constant(vector, 0.5))
             high = call(builder, f"llvm.floor.{name}", vector, halves)
-            low = multiply_add(builder, high, each(-256.0), whole)
+            low = multiply_add(builder, high, constant(vector, -256.0), whole)
             step_of, part = builder.sdiv(number, INT64(4)), builder.srem(number, INT64(4))
             at = builder.add(to, builder.mul(step_of, step))
             at = builder.add(at, builder.mul(part, INT64(4 * distance)))
@@ -374,9 +372,16 @@ def write_digits(
     return types.void(*arguments), generate
 
 
-def scratch_elements(n_features: int) -> int:
+@register_jitable
+def steps_of(n_features: Any) -> Any:
+    """Return how many steps of the matrix unit a row takes."""
+    return (n_features + DEPTH - 1) // DEPTH
+
+
+@register_jitable
+def scratch_elements(n_features: Any) -> Any:
     """Return the room that packing needs, in numbers of the rows' dtype: a row, and what is summed of it."""
-    return -(-n_features // DEPTH) * DEPTH + 2 * LANES
+    return steps_of(n_features) * DEPTH + 2 * LANES
 
 
 @register_jitable
@@ -384,7 +389,7 @@ def centred_row(rows: Any, i: Any, centre: Any, scratch: Any) -> Any:
     """Put a row, centred, at the beginning of `scratch`; return its squared norm and the exponent of its power of
     two."""
     n_features = rows.shape[1]
-    n_steps = (n_features + DEPTH - 1) // DEPTH
+    n_steps = steps_of(n_features)
     for f in range(n_features):
         scratch[f] = rows[i, f] - centre[f]
     scratch[n_features : n_steps * DEPTH] = 0
@@ -426,7 +431,7 @@ def digit_kernels(tiles: str) -> tuple[Any, Any]:
         """Fill a task's panels; return the largest shares of a query's length that its rest and its low digits have,
         and whether all norms are small enough."""
         n_queries, n_features = queries.shape
-        n_steps, half = (n_features + DEPTH - 1) // DEPTH, 0.5 * math.sqrt(n_features)
+        n_steps, half = steps_of(n_features), 0.5 * math.sqrt(n_features)
         sums = scratch[n_steps * DEPTH :]
         packed[:] = 0
         terms[:] = 0
@@ -436,13 +441,14 @@ def digit_kernels(tiles: str) -> tuple[Any, Any]:
             norms[i] = norm
             if not norm <= largest_norm:
                 return of_rest, of_low, False
-            scale, length = math.ldexp(1.0, exponent), math.sqrt(norm)
+            scale = math.ldexp(1.0, exponent)
+            # Not shorter than rows of this scale are where no exponent is clamped: no share of it is large.
+            length = max(math.sqrt(norm), scale * LARGEST / 2)
             to = i // HEIGHT * (HEIGHT * n_steps * 2 * DEPTH) + i % HEIGHT * DEPTH
             write_digits(4, scratch, n_steps, of_dtype(1 / scale), packed, to, 4 * TILE, 2 * TILE, sums)
             terms[2 * i], terms[2 * i + 1] = -512.0 * scale, -length * SLACK
-            if length > 0:
-                of_rest = max(of_rest, half * scale / length)
-                of_low = max(of_low, low_length(sums, scale) / length)
+            of_rest = max(of_rest, half * scale / length)
+            of_low = max(of_low, low_length(sums, scale) / length)
         return of_rest, of_low, True
 
     @register_jitable
@@ -450,7 +456,7 @@ def digit_kernels(tiles: str) -> tuple[Any, Any]:
         corpus: Any, start: Any, count: Any, panel: Any, norms: Any, scales: Any, lows: Any, centre: Any, scratch: Any
     ) -> None:
         n_features = corpus.shape[1]
-        n_steps = (n_features + DEPTH - 1) // DEPTH
+        n_steps = steps_of(n_features)
         sums = scratch[n_steps * DEPTH :]
         for r in range(width):
             norms[r], scales[r], lows[r] = 0, 0, 0
@@ -460,7 +466,8 @@ def digit_kernels(tiles: str) -> tuple[Any, Any]:
             norm, exponent = centred_row(corpus, start + r, centre, scratch)
             scale = math.ldexp(1.0, exponent)
             norms[r], scales[r] = norm, scale
-            if norm <= largest_norm:
+            # As it is stored: what rounds down to the largest has its digits, too.
+            if norms[r] <= largest_norm:
                 write_digits(64, scratch, n_steps, of_dtype(1 / scale), panel, 4 * r, 2 * TILE, TILE, sums)
                 lows[r] = low_length(sums, scale)
 
@@ -471,7 +478,7 @@ def digit_kernels(tiles: str) -> tuple[Any, Any]:
         witnesses: Any, scratch: Any, k: Any, values: Any, indices: Any, counts: Any,
     ) -> Any:  # fmt: skip
         n_queries, n_features = queries.shape
-        n_steps, half = (n_features + DEPTH - 1) // DEPTH, 0.5 * math.sqrt(n_features)
+        n_steps, half = steps_of(n_features), 0.5 * math.sqrt(n_features)
         filled, kth = (k, k - 1) if k < MANY else (values.shape[1], 0)
         of_rest, of_low, are_summable = pack_queries(queries, packed, query_norms, terms, centre, scratch)
         if not are_summable:
@@ -514,7 +521,7 @@ def digit_kernels(tiles: str) -> tuple[Any, Any]:
         lows: Any,
     ) -> None:  # fmt: skip
         n_features = corpus.shape[1]
-        scratch = np.zeros((n_features + DEPTH - 1) // DEPTH * DEPTH + 2 * LANES, dtype)
+        scratch = np.zeros(scratch_elements(n_features), dtype)
         for p in range(start, stop):
             count = min(width, len(corpus) - p * width)
             pack_panel(corpus, p * width, count, panels[p], norms[p], scales[p], lows[p], centre, scratch)

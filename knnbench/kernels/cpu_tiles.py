@@ -79,6 +79,7 @@ __all__ = [
     "Workspace",
     "filters_of",
     "kept_rows",
+    "neighbours_of",
     "plan_of",
     "tile_kernels",
 ]
@@ -425,6 +426,11 @@ class TileKernels:
 def kept_rows(k: int, n_rows: int) -> int:
     """Return how many of some rows a filter keeps for k neighbours."""
     return min(n_rows, k + SPARE + k // SPARE_SHARE)
+
+
+def neighbours_of(kept: int) -> int:
+    """Return for how many neighbours a filter keeps so many rows of a large corpus."""
+    return max(1, kept - SPARE - (kept - SPARE) // (SPARE_SHARE + 1))
 
 
 def carved(*sizes: tuple[int, np.dtype[Any]]) -> list[Array]:
