@@ -565,6 +565,20 @@ def test_queries_very_close_to_the_centre_have_keys(name, length, rng):
     assert (keys + norms[:, None] >= exact * 0.99).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_where_the_filter_proves_nothing_the_direct_form_does(share, dtype, rng):
+    # Two tight clusters far from the centre, and from each other, beside rows that are easy.
+    sides = np.where(rng.random((6000, 1)) < 0.5, -1e3, 1e3)
+    corpus = (rng.normal(size=(6000, 64)) + sides).astype(dtype)
+    queries = (rng.normal(size=(400, 64)) + sides[:400]).astype(dtype)
+    corpus[3000:] = rng.normal(size=(3000, 64))
+    queries[int(400 * share) :] = rng.normal(size=(400 - int(400 * share), 64))
+    found = knn(queries, corpus, 3, backend="numba", accuracy="exact")
+    assert found.certificate.searched_again <= 4
+    assert_identical(found.indices, expected(queries, corpus, "euclidean", 3)[1])
+
+
 @pytest.mark.parametrize(("share", "k"), [(0.3, 150), (1.0, 100)])
 def test_queries_in_doubt_keep_to_the_budget(share, k, rng):
     corpus = rng.normal(size=(6000, 64)).astype(np.float32)
