@@ -347,9 +347,14 @@ def test_a_filter_gives_up_where_norms_overflow(name, rng):
     assert (indices[:, 0] == range(8)).all()
 
 
+def backend_module():
+    """Return the module of numba's backend, which is loaded when it is first asked for."""
+    return sys.modules[type(get_backend("numba")).__module__]
+
+
 def searched_directly(monkeypatch):
     """Return a list of how many queries each task of a search takes that no filter settled."""
-    module, counts = sys.modules["knnbench.backends.numba"], []
+    module, counts = backend_module(), []
     search = module._Direct.__call__
 
     def counted(self, prepared, rows, block, *args):
@@ -398,7 +403,7 @@ def test_a_query_that_is_not_finite_is_searched_alone(bad, metric, rng, monkeypa
 
 @pytest.mark.parametrize("share", [0.02, 0.9])
 def test_queries_in_doubt_are_searched_again(share, rng, monkeypatch):
-    module = sys.modules["knnbench.backends.numba"]
+    module = backend_module()
     monkeypatch.setattr(module, "TASK_QUERIES", 64)
     searched = searched_directly(monkeypatch)
     corpus = rng.normal(size=(4000, 64)).astype(np.float32)
@@ -577,6 +582,27 @@ def test_where_the_filter_proves_nothing_the_direct_form_does(share, dtype, rng)
     found = knn(queries, corpus, 3, backend="numba", accuracy="exact")
     assert found.certificate.searched_again <= 4
     assert_identical(found.indices, expected(queries, corpus, "euclidean", 3)[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, 1e30])
+def test_candidates_are_rows_whatever_the_queries_hold(bad, rng, monkeypatch):
+    engine, module = get_backend("numba"), backend_module()
+    values_of = module.values_of
+
+    def checked(queries, prepared, nearest, space):
+        assert ((nearest >= 0) & (nearest < len(prepared))).all()
+        return values_of(queries, prepared, nearest, space)
+
+    monkeypatch.setattr(module, "values_of", checked)
+    # As uninitialised memory may be.
+    monkeypatch.setattr(np, "empty", lambda shape, dtype=float: np.full(shape, 1 << 20, dtype))
+    corpus, queries = (rng.normal(size=(n, 64)).astype(np.float32) for n in (4000, 300))
+    queries[7, 3] = bad
+    space = Space(METRICS["sqeuclidean"], np.dtype(np.float32), 64)
+    for rows in (queries, queries[5:15]):
+        found = engine.candidates(rows, engine.prepare(corpus, space), 8, space, 1 << 24)
+        assert ((found.indices >= 0) & (found.indices < 4000)).all()
+        assert all(len(set(row)) == 8 for row in found.indices.tolist())
 
 
 @pytest.mark.parametrize(("share", "k"), [(0.3, 150), (1.0, 100)])

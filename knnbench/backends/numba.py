@@ -419,6 +419,7 @@ class _Keeping(_Search):
         n_queries, k = ranked.shape
         found = kept_by(self.kernels, prepared, block, part, k)
         if found is None:
+            ranked[:], nearest[:] = math.inf, part.start + np.arange(k)  # rows that there are
             return False
         work, (keys, indices, _) = found
         self._norms[rows] = norms = work.query_norms[:n_queries]
