@@ -9,7 +9,14 @@ import pytest
 from scipy.special import logsumexp
 
 from knnbench.backends import get_backend
-from knnbench.kernels.cpu_linear import LARGEST_NUMBER, SUMMED_FEATURES, LinearKernels, kernels_of, linear_kernels
+from knnbench.kernels.cpu_linear import (
+    LARGEST_NUMBER,
+    LEAST_FEATURES,
+    SUMMED_FEATURES,
+    LinearKernels,
+    kernels_of,
+    linear_kernels,
+)
 from knnbench.kernels.cpu_simd import OPERATIONS, Vectors
 
 FLOAT = np.dtype(np.float32)
@@ -95,9 +102,14 @@ def test_the_largest_sums_fit(monkeypatch: pytest.MonkeyPatch, made: Any) -> Non
     np.testing.assert_allclose(found, 11 * (3 * logsumexp(logits) - logits.sum()), rtol=1e-14)
 
 
-def test_more_features_than_32_bits_can_sum_are_left_to_floats() -> None:
+def test_few_features_and_more_than_32_bits_can_sum_are_left_to_floats() -> None:
     instructed()
-    for stored, dtype, n_features in (("u1", "f4", SUMMED_FEATURES + 1), ("f4", "f4", 9), ("f8", "f8", 9)):
+    for stored, dtype, n_features in (
+        ("u1", "f4", SUMMED_FEATURES + 1),
+        ("u1", "f4", LEAST_FEATURES - 1),
+        ("f4", "f4", 9),
+        ("f8", "f8", 9),
+    ):
         assert not linear_kernels(np.dtype(stored), np.dtype(dtype), n_features, 10).form.operation.is_matrix
 
 

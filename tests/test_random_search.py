@@ -694,19 +694,30 @@ def test_a_candidate_is_left_once_it_is_above_the_limit(monkeypatch: pytest.Monk
 
 
 def test_operations_are_counted_without_those_left_out() -> None:
-    X, y = np.ones((64, 20), np.uint8), np.arange(64) % 3
+    X, y = np.ones((64, 70), np.uint8), np.arange(64) % 3
     X[:, 5:9] = 0
-    W, b = np.zeros((2, 20, 3), np.float32), np.zeros((2, 3), np.float32)
-    has_matrix = linear_kernels(np.uint8, np.float32, 20, 3).form.operation.is_matrix
+    X[:, 69] = 0
+    W, b = np.zeros((2, 70, 3), np.float32), np.zeros((2, 3), np.float32)
+    has_matrix = linear_kernels(np.uint8, np.float32, 70, 3).form.operation.is_matrix
     for name, dtype, probe, terms in (
-        ("numba", "u1", "matrix-uint8", 64 * 3) if has_matrix else ("numba", "u1", "fma-float32", 16),
-        ("numba", "f4", "fma-float32", 16),
-        ("numpy", "u1", "gemm-float32", 20),
+        ("numba", "u1", "matrix-uint8", 128 * 3) if has_matrix else ("numba", "u1", "fma-float32", 65),
+        ("numba", "f4", "fma-float32", 65),
+        ("numpy", "u1", "gemm-float32", 70),
     ):
         losses = get_backend(name).linear_loss(X.astype(dtype), y, np.ones(64), np.dtype(np.float32))
         losses(W, b)
         losses(W[:1], b[:1])
         assert losses.operations == {probe: 3 * 64 * terms * 3}
+
+
+def test_one_function_takes_models_of_any_number_of_classes(own_backend: str) -> None:
+    X, y = np.random.default_rng(0).integers(0, 256, (200, 70), np.uint8), np.arange(200) % 3
+    engine = get_backend(own_backend)
+    losses = engine.linear_loss(X, y, np.ones(200), np.dtype(np.float32))
+    for n_classes in (3, 12, 40, 3):
+        W = np.ones((1, 70, n_classes), np.float32) * np.arange(n_classes, dtype=np.float32) / 1000
+        b, alone = np.zeros((1, n_classes), np.float32), engine.linear_loss(X, y, np.ones(200), np.dtype(np.float32))
+        assert losses(W, b) == alone(W, b)
 
 
 def test_not_finite_losses_are_infinite(own_backend: str) -> None:

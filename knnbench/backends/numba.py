@@ -521,7 +521,7 @@ class _LinearLoss(LinearLoss):
         self._size, chunks = LOSS_PANELS, list(slices(n_panels, LOSS_PANELS))
         self.pass_cost = PASS_COSTS[kernels.form.operation.is_matrix]
         self._work = X.size
-        self._rooms: dict[int, list[Any]] = defaultdict(list)
+        self._rooms: dict[tuple[int, int], list[Any]] = defaultdict(list)
         # Features that are 0 in one sample of a class are more often 0 in the others too, and left out.
         order = np.argsort(y, kind="stable")
         self._panels, self._columns = packed(X, order, kernels)
@@ -548,7 +548,7 @@ class _LinearLoss(LinearLoss):
                 wanted = np.flatnonzero(running <= stop)
             if not len(wanted):
                 return
-            rooms, part = self._rooms[n_models], sums[piece]
+            rooms, part = self._rooms[n_models, n_classes], sums[piece]
             try:
                 room = rooms.pop()
             except IndexError:  # of all that there are, another thread uses one

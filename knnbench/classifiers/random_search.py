@@ -148,7 +148,8 @@ class RandomSearchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
     on `block_size`. Backends add products in different orders. With unit roundoff u of the weights, a logit is off by
     about ``sqrt(n_features) u |x| |w|`` [2]_ (with high probability; the worst case has n_features in place of its
     root) and a sample's loss by twice that. Where the losses of a candidate and of the best are no further apart than
-    the sum of what both may be off on two backends, the iteration is in `near_ties_`; others are decided alike on all.
+    the sum of what both may be off on two backends, the iteration is in `near_ties_`; others are decided alike on all,
+    where no product overflows.
 
     References
     ----------
@@ -460,6 +461,8 @@ class Search:
         few = objective.few if block_size != 1 else None
         if few:
             self.missed = min(self.missed, MISSED)
+            if self.best < math.inf:  # a search that goes on
+                self.guess = float(few(self.W[None], self.b[None])[0])
         ahead = few is not None or objective.summed.spares_host
         with closing(Steps(self.seed, self.W.shape, step_size, max_iter, ahead=ahead)) as steps:
             error = objective.error(self.W)
