@@ -121,11 +121,13 @@ class Job:
             raise InvalidInputError(f"in {name}, whose first row is {part.start:,} of the corpus: {error}") from None
 
     def _search(self, queries: Array, shard: Array, part: slice) -> List:
+        shard = shard if hasattr(shard, "dtype") else np.asarray(shard)
         dtypes = interchange.dtype_of(queries), interchange.dtype_of(shard)
-        if len(shard) != part.stop - part.start or common_dtype(*dtypes) != self.dtype:  # which Dask takes on trust
+        shape = part.stop - part.start, self.n_features  # which Dask takes on trust, as it does the dtype
+        if np.shape(shard) != shape or (len(shard) and common_dtype(*dtypes) != self.dtype):
             raise InvalidInputError(
-                f"it has {len(shard):,} rows of {dtypes[1]} for queries of {dtypes[0]}; expected "
-                f"{part.stop - part.start:,} rows, and both to be computed in {self.dtype}, as their Dask arrays say."
+                f"it has shape {np.shape(shard)} and {dtypes[1]} for queries of {dtypes[0]}; expected shape {shape}, "
+                f"and both to be computed in {self.dtype}, as their Dask arrays say."
             )
         if len(shard) == 0:
             # Exact values of floats are strings of bytes; any merge with others makes them as long as those.
@@ -133,7 +135,9 @@ class Job:
             return np.empty((len(queries), 0), ranked), np.empty((len(queries), 0), np.int64)
         backend = self.backend
         if backend == "auto" and not interchange.on_device(shard):
-            backend = fastest_here(len(queries), *shard.shape, self.k, self.metric, self.dtype, self.accuracy)
+            backend = fastest_here(
+                len(queries), len(shard), self.n_features, self.k, self.metric, self.dtype, self.accuracy
+            )
         centre = centre_of(queries, self.space) if self.is_pinned and len(queries) else None
         with held(self.settings):
             ranked, indices = search_block(

@@ -1,8 +1,10 @@
 """Rows that are read block by block: from a file, a Dask array or any iterable, ahead of who computes with them."""
 
+import contextvars
+import operator
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sized
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, TypeVar
@@ -136,7 +138,7 @@ class BlockStream(Stream):
 
     def pays_ahead(self, step: int) -> bool:
         """Return whether it does: also if blocks are short, but must be read or computed."""
-        n_blocks = len(self._given) if isinstance(self._given, Sized) else 2  # or more
+        n_blocks = operator.length_hint(self._given, 2)  # or more
         return super().pays_ahead(step) or (n_blocks > 1 and not _is_in_memory(self._given))
 
     def _all(self) -> Iterator[Any]:
@@ -234,7 +236,7 @@ def as_stream(array: Any, name: str, as_rows: Callable[[Any, str], Any]) -> Stre
         if not array or (_shape_of(array[0]) == NO_SHAPE and not isinstance(array[0], str | os.PathLike)):
             return None
         lengths = [_shape_of(block)[0] for block in array]
-        return BlockStream(array, name, as_rows, sum(lengths) if min(lengths) >= 0 else None)
+        return BlockStream(array, name, as_rows, sum(lengths) if all(n >= 0 for n in lengths) else None)
     if isinstance(array, Iterable) and not isinstance(array, Collection) and not hasattr(array, "shape"):
         return BlockStream(array, name, as_rows)
     return None
@@ -273,12 +275,14 @@ def read_ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
     def following() -> Any:
         return next(items, end)
 
+    # Such as the current client of Dask; items are got one after the other.
+    context = contextvars.copy_context()
     with closing(items), ThreadPoolExecutor(1, "knnbench-read") as pool:
-        coming = pool.submit(following)
+        coming = pool.submit(context.run, following)
         while True:
             item = coming.result()
             if item is end:
                 return
-            coming = pool.submit(following)
+            coming = pool.submit(context.run, following)
             yield item
             del item

@@ -412,11 +412,14 @@ def test_what_is_refused(rng):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda rows: rows[:7], "it has 7 rows of uint8"),
-        (lambda rows: np.concatenate([rows, rows]), "it has 300 rows of uint8"),
-        (lambda rows: rows[:0], "it has 0 rows of uint8"),
-        (lambda rows: rows + np.float32(0.5), "it has 150 rows of float32 for queries of uint8"),
-        (lambda rows: rows[:, :4], "queries has 10 features and corpus has 4"),
+        (lambda rows: rows[:7], "it has shape (7, 10) and uint8"),
+        (lambda rows: np.concatenate([rows, rows]), "it has shape (300, 10) and uint8"),
+        (lambda rows: rows[:0], "it has shape (0, 10) and uint8"),
+        (lambda rows: rows + np.float32(0.5), "it has shape (150, 10) and float32 for queries of uint8"),
+        (lambda rows: rows[:, :4], "it has shape (150, 4) and uint8 for queries of uint8; expected shape (150, 10)"),
+        (lambda rows: rows[:, 0], "it has shape (150,)"),
+        (lambda rows: rows[None], "it has shape (1, 150, 10)"),
+        (lambda rows: rows[0, 0], "it has shape ()"),
     ],
 )
 def test_a_chunk_that_is_not_what_its_array_says_is_named(change, text, accuracy, rng):

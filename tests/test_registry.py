@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.metadata
 import inspect
+import pickle
 import pkgutil
 import re
 import sys
@@ -192,6 +193,7 @@ def test_the_package_is_called_like_its_function_and_hides_no_module():
     assert knnbench.backends() == knnbench.backends.backends() == backends()
     assert inspect.signature(knnbench.backends) == inspect.signature(knnbench.backends.backends)
     assert knnbench.backends.__call__.__doc__ == knnbench.backends.backends.__doc__
+    assert pickle.loads(pickle.dumps(knnbench.backends)) is knnbench.backends
 
 
 def test_every_status_has_a_reason_or_works():

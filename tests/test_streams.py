@@ -1,5 +1,6 @@
 """A corpus that does not fit into memory: blocks, budgets, reading ahead."""
 
+import contextvars
 import pickle
 import subprocess
 import sys
@@ -434,6 +435,36 @@ def test_the_next_block_is_read_while_one_is_searched():
     assert next(reader) == 0
     assert asked.wait(10)  # though nobody has asked for it
     assert list(reader) == [1]
+
+
+def test_the_reader_has_the_context_of_whoever_asks():
+    variable = contextvars.ContextVar("variable", default=0)
+    variable.set(3)
+    assert list(read_ahead(variable.get() for _ in range(3))) == [3, 3, 3]
+
+
+def test_an_iterable_may_refuse_to_say_how_long_it_is(rng):
+    queries, corpus = make(rng, "uint8")
+
+    class Endless:
+        def __len__(self):
+            raise TypeError("no length")
+
+        def __iter__(self):
+            return iter([corpus[:100], corpus[100:]])
+
+    assert_identical(knn(queries, Endless(), K).indices, knn(queries, corpus, K).indices)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_lists_of_dask_arrays_may_not_know_their_length(order, rng):
+    da = pytest.importorskip("dask.array")
+    queries, corpus = make(rng, "uint8")
+    known, unknown = (da.from_array(rows, chunks=(50, -1)) for rows in (corpus[:100], corpus[100:]))
+    blocks = [known, unknown[unknown[:, 0] >= 0]]
+    rows = [corpus[:100], corpus[100:]]
+    expected = knn(queries, np.concatenate([rows[i] for i in order]), K).indices
+    assert_identical(knn(queries, [blocks[i] for i in order], K).indices, expected)
 
 
 def test_few_blocks_are_read_ahead_where_reading_takes_time(rng, tmp_path, monkeypatch):

@@ -269,6 +269,10 @@ class _Package(ModuleType):
     def __call__(self) -> list[Status]:
         return backends()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by name: of modules, picklers know only those that are nothing more."""
+        return importlib.import_module, (self.__name__,)
+
 
 _Package.__call__.__doc__ = backends.__doc__
 # A function in the package's place would hide its modules from ``import knnbench.backends.cupy as name``.

@@ -62,6 +62,9 @@ WAKING = ("knn", 64, 2000, 64, 3)
 # Searches of a backend that are measured with one thread: those that take longest with all, which share the work.
 ALONE = 8
 
+# Of the longest call that a level measures, what one of these may take with one thread.
+ALONE_CALLS = 4
+
 # Features of candidates a second that a proof looks at, about: that of float64, which takes longest.
 PROOF_RATE = 5e7
 
@@ -162,18 +165,28 @@ def calibrate(
 
 
 def _measure_alone(name: str, level: Level, clock: Clock) -> None:
-    """Measure the longest searches of an own CPU backend with one thread: a task of a cluster has no more."""
+    """Measure the longest searches of an own CPU backend with one thread: a task of a cluster has no more.
+
+    Of those that take one thread no longer than a call may, many times over, if it is that much slower.
+    """
     capabilities = get_backend(name).capabilities
     if thread_count() == 1 or capabilities.device != "cpu" or not capabilities.total_order:
         return
-    searches = [sample for sample in wisdom().fresh if (sample.backend, sample.problem.op) == (name, "knn")]
-    longest = sorted(searches, key=lambda sample: -sample.seconds["call"])[:ALONE]
+    searches = [
+        sample
+        for sample in wisdom().fresh
+        if (sample.backend, sample.problem.op) == (name, "knn")
+        and sample.seconds["call"] * thread_count() <= ALONE_CALLS * level.longest_s
+        and _fits(sample.problem)
+    ]
+    longest, samples = sorted(searches, key=lambda sample: -sample.seconds["call"])[:ALONE], []
     with held({THREADS_VARIABLE: "1"}):
-        samples = [
-            measure(name, sample.problem, seconds=level.sample_s, with_prepared=False, clock=clock)
-            for sample in longest
-        ]
-        wisdom().add(samples)
+        try:
+            for sample in longest:
+                taken = measure(name, sample.problem, seconds=level.sample_s, with_prepared=False, clock=clock)
+                samples.append(taken)
+        finally:
+            wisdom().add(samples)
 
 
 def _kinds(name: str) -> list[tuple[str, str]]:
