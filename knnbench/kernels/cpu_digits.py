@@ -415,8 +415,8 @@ def low_length(sums: Any, scale: Any) -> Any:
 
 
 @functools.cache
-def digit_kernels(tiles: str) -> tuple[Any, Any]:
-    """Return `TileKernels.knn` and `TileKernels.pack` of some `Vectors`, by their name.
+def digit_kernels(tiles: str, largest_norm: float) -> tuple[Any, Any]:
+    """Return `TileKernels.knn` and `TileKernels.pack` of some `Vectors`, by their name, for norms up to the largest.
 
     Of the arrays of a `Workspace`, `corpus_norms` holds here the powers of two of rows, `shifts` the lengths of what
     their low digits stand for, and `sums` the `terms` of `tile_of_digits`.
@@ -424,7 +424,6 @@ def digit_kernels(tiles: str) -> tuple[Any, Any]:
     form = vectors_named(tiles)
     width, dtype = form.panel_rows, np.dtype(form.operation.stored)
     of_dtype = numba.from_dtype(dtype)
-    largest_norm = float(np.finfo(np.float32).max) / 16
 
     @register_jitable
     def pack_queries(queries: Any, packed: Any, norms: Any, terms: Any, centre: Any, scratch: Any) -> Any:

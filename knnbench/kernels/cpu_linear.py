@@ -34,14 +34,13 @@ from knnbench.kernels.cpu_loops import (
     array_data,
     emit_loop,
     intrinsic,
-    matrix_instruction,
+    multiply_tiles,
     place_at,
     set_up,
     splat,
     tear_down,
 )
 from knnbench.kernels.cpu_simd import (
-    BYTE,
     INT32,
     INT64,
     MATRIX_ROWS,
@@ -302,29 +301,6 @@ def matrix_products(
     height, n_vectors = form.tile_shape
     stride, tile_bytes = n_vectors * form.width, MATRIX_ROWS * form.width
 
-    def multiply(builder: Builder, n_steps: Any, operands: Callable[[Any], tuple[Any, Any]], out: Any) -> None:
-        emit = functools.partial(matrix_instruction, builder)
-        for number in range(4):
-            emit("llvm.x86.tilezero", BYTE(number))
-
-        def step(number: Any, _: list[Any]) -> list[Any]:
-            digits, samples = operands(number)
-            for half in range(2):
-                at = builder.gep(digits, [INT64(half * tile_bytes)])
-                emit("llvm.x86.tileloadd64", BYTE(4 + half), at, INT64(form.width))
-                at = builder.gep(samples, [INT64(half * tile_bytes)])
-                emit("llvm.x86.tileloadd64", BYTE(6 + half), at, INT64(form.width))
-            for down in range(2):
-                for across in range(2):
-                    emit(form.instruction, BYTE(2 * down + across), BYTE(4 + down), BYTE(6 + across))
-            return []
-
-        emit_loop(builder, n_steps, [], step)
-        for down in range(2):
-            for across in range(2):
-                at = builder.gep(out, [INT64(down * MATRIX_ROWS * stride + across * form.width)])
-                emit("llvm.x86.tilestored64", BYTE(2 * down + across), at, INT64(stride))
-
     def emulate(builder: Builder, n_steps: Any, operands: Callable[[Any], tuple[Any, Any]], out: Any) -> None:
         wide, none = ir.VectorType(INT32, form.width), ir.Constant(form.accumulators, None)
 
@@ -363,7 +339,11 @@ def matrix_products(
                 builder.gep(values, [builder.mul(row, INT64(n_vectors * tile_bytes))]),
             )
 
-        (multiply if form.instruction else emulate)(builder, builder.sub(args[4], args[3]), operands, out)
+        n_steps = builder.sub(args[4], args[3])
+        if form.instruction:
+            multiply_tiles(builder, form, n_steps, operands, tile_bytes, form.width, out)
+        else:
+            emulate(builder, n_steps, operands, out)
         return context.get_dummy_value()
 
     number = types.int64

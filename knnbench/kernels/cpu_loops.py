@@ -53,6 +53,7 @@ __all__ = [
     "matrix_sums",
     "move",
     "move_square",
+    "multiply_tiles",
     "place_at",
     "release_matrix_unit",
     "row_values",
@@ -332,6 +333,49 @@ def tile_sums(builder: Builder, form: Vectors, queries: Any, panel: Any, n_group
     return emit_loop(builder, n_groups, zeros, step)
 
 
+def multiply_tiles(
+    builder: Builder, form: Vectors, n_steps: Any, operands: Callable[[Any], tuple[Any, Any]], apart: int, stride: int,
+    out: Any,
+) -> None:  # fmt: skip
+    """Store the sums over steps of the products of two tiles of rows with two of columns, by a matrix unit.
+
+    Parameters
+    ----------
+    builder : ir.IRBuilder
+    form : Vectors
+        With the instruction.
+    n_steps : ir.Value
+        At least 1.
+    operands : callable
+        ``(number of a step) -> (rows, columns)``: the addresses of the first tile of each; the second of rows follows.
+    apart, stride : int
+        Bytes from the first tile of columns to the second, and from row to row of one.
+    out : ir.Value
+        Address of the sums, shape (32, 32).
+    """
+    emit, tile_bytes = functools.partial(matrix_instruction, builder), MATRIX_ROWS * form.width
+    for number in range(4):
+        emit("llvm.x86.tilezero", BYTE(number))
+
+    def step(number: Any, _: list[Any]) -> list[Any]:
+        rows, columns = operands(number)
+        for half in range(2):
+            at = builder.gep(rows, [INT64(half * tile_bytes)])
+            emit("llvm.x86.tileloadd64", BYTE(4 + half), at, INT64(form.width))
+            at = builder.gep(columns, [INT64(half * apart)])
+            emit("llvm.x86.tileloadd64", BYTE(6 + half), at, INT64(stride))
+        for down in range(2):
+            for across in range(2):
+                emit(form.instruction, BYTE(2 * down + across), BYTE(4 + down), BYTE(6 + across))
+        return []
+
+    emit_loop(builder, n_steps, [], step)
+    for down in range(2):
+        for across in range(2):
+            at = builder.gep(out, [INT64(2 * down * tile_bytes + across * form.width)])
+            emit("llvm.x86.tilestored64", BYTE(2 * down + across), at, INT64(2 * form.width))
+
+
 def matrix_sums(builder: Builder, form: Vectors, queries: Any, panel: Any, n_groups: Any, out: Any) -> list[Any]:
     """Store the accumulators of a tile by a matrix unit, 2 x 2 of its tiles; return them as `tile_sums` does.
 
@@ -340,29 +384,12 @@ def matrix_sums(builder: Builder, form: Vectors, queries: Any, panel: Any, n_gro
     steps = builder.sdiv(n_groups, INT64(MATRIX_ROWS))
     (height, n_vectors), tile_bytes = form.tile_shape, MATRIX_ROWS * form.width
     if form.instruction:
-        stride, emit = n_vectors * form.width, functools.partial(matrix_instruction, builder)
 
-        for number in range(4):
-            emit("llvm.x86.tilezero", BYTE(number))
+        def operands(number: Any) -> tuple[Any, Any]:
+            at = builder.mul(number, INT64(2 * tile_bytes))
+            return builder.gep(queries, [at]), builder.gep(panel, [at])
 
-        def step(number: Any, _: list[Any]) -> list[Any]:
-            rows = builder.gep(queries, [builder.mul(number, INT64(2 * tile_bytes))])
-            columns = builder.gep(panel, [builder.mul(number, INT64(MATRIX_ROWS * stride))])
-            for half in range(2):
-                at = builder.gep(rows, [INT64(half * tile_bytes)])
-                emit("llvm.x86.tileloadd64", BYTE(4 + half), at, INT64(form.width))
-                at = builder.gep(columns, [INT64(half * form.width)])
-                emit("llvm.x86.tileloadd64", BYTE(6 + half), at, INT64(stride))
-            for down in range(2):
-                for across in range(2):
-                    emit(form.instruction, BYTE(2 * down + across), BYTE(4 + down), BYTE(6 + across))
-            return []
-
-        emit_loop(builder, steps, [], step)
-        for down in range(2):
-            for across in range(2):
-                at = builder.gep(out, [INT64(down * MATRIX_ROWS * stride + across * form.width)])
-                emit("llvm.x86.tilestored64", BYTE(2 * down + across), at, INT64(stride))
+        multiply_tiles(builder, form, steps, operands, form.width, n_vectors * form.width, out)
     else:
 
         def pair(i: Any, _: list[Any]) -> list[Any]:

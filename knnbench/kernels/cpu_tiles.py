@@ -30,6 +30,7 @@ The naive form of all kernels is `knnbench.backends.python`.
 import functools
 import itertools
 import math
+import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,21 +118,13 @@ class Filter:
     exact_error: Callable[[Space], float]
 
 
-def _gram_error(space: Space) -> float:
-    return space.gram_error
-
-
-def _larger_error(space: Space) -> float:
-    return space.larger_error
-
-
 # By the first word of the operation's name that they filter, the fastest first.
 FILTERS = {
     "square": (
         Filter("digits", "digits", 32, cpu_digits.error, cpu_digits.exact_error),
-        Filter("product", "gram", 64, _gram_error, _gram_error),
+        Filter("product", "gram", 64, *[operator.attrgetter("gram_error")] * 2),
     ),
-    "absolute": (Filter("larger", "larger", 64, _larger_error, _larger_error),),
+    "absolute": (Filter("larger", "larger", 64, *[operator.attrgetter("larger_error")] * 2),),
 }
 
 # Products of bytes, the fastest first, which only some CPUs have instructions for.
@@ -917,5 +910,5 @@ def _compiled(
             pack_panel(corpus, p * width, count, panels[p], columns[p], norms[p], shifts[p], centre, row)
 
     if has_digits:
-        knn, pack = digit_kernels(tiles)
+        knn, pack = digit_kernels(tiles, largest_norm)
     return TileKernels(plan, np.dtype(ranked.name), knn, knn_rows, order, prove, pairwise, pack)
