@@ -21,7 +21,8 @@ from llvmlite import binding, ir
 
 from knnbench import InvalidInputError, UnsupportedError, knn, pairwise, prepare
 from knnbench.backends import get_backend
-from knnbench.kernels import cpu_digits, cpu_probes, cpu_tiles
+from knnbench.kernels import cpu_digits, cpu_filters, cpu_probes, cpu_tiles
+from knnbench.kernels.cpu_filters import FILTERS, ByteFilter, KeyFilter, filters_of
 from knnbench.kernels.cpu_loops import (
     LIST_LANES,
     configure_matrix_unit,
@@ -42,12 +43,10 @@ from knnbench.kernels.cpu_simd import (
     vectors_of,
 )
 from knnbench.kernels.cpu_tiles import (
-    FILTERS,
     NARROW_PRODUCTS,
     OPERATION_OF,
     Plan,
     compiled_kernels,
-    filters_of,
     kept_rows,
     plan_of,
     tile_kernels,
@@ -241,7 +240,7 @@ def filter_named(name):
     """Return the metric and the filter of one of `FILTERED`."""
     metric, key = name.split()[:2]
     kind = OPERATION_OF[METRICS[metric].floating.accumulate]
-    return metric, next(found for found in FILTERS[kind] if found.operation == key)
+    return metric, next(found for found in FILTERS[kind] if isinstance(found, KeyFilter) and found.operation == key)
 
 
 def filtering(name, dtype, n_features):
@@ -352,6 +351,19 @@ def backend_module():
     return sys.modules[type(get_backend("numba")).__module__]
 
 
+@pytest.fixture(params=["bytes", "keys"])
+def filters(request, monkeypatch):
+    """Search by all filters, and without bytes that stand for rows."""
+    if request.param == "keys":
+        without_bytes(monkeypatch)
+    return request.param
+
+
+def without_bytes(monkeypatch):
+    keys = {kind: tuple(one for one in known if isinstance(one, KeyFilter)) for kind, known in FILTERS.items()}
+    monkeypatch.setattr(cpu_filters, "FILTERS", keys)
+
+
 def searched_directly(monkeypatch):
     """Return a list of how many queries each task of a search takes that no filter settled."""
     module, counts = backend_module(), []
@@ -390,7 +402,7 @@ def test_rows_that_one_feature_shows_to_be_farther(level, dtype, rng):
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "cityblock", "cosine"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_query_that_is_not_finite_is_searched_alone(bad, metric, rng, monkeypatch):
+def test_a_query_that_is_not_finite_is_searched_alone(bad, metric, filters, rng, monkeypatch):
     corpus, queries = (rng.normal(size=(n, 64)).astype(np.float32) for n in (4000, 300))
     expected = knn(queries, corpus, 3, metric, backend="numba")
     queries[7, 3] = bad
@@ -403,6 +415,7 @@ def test_a_query_that_is_not_finite_is_searched_alone(bad, metric, rng, monkeypa
 
 @pytest.mark.parametrize("share", [0.02, 0.9])
 def test_queries_in_doubt_are_searched_again(share, rng, monkeypatch):
+    without_bytes(monkeypatch)
     module = backend_module()
     monkeypatch.setattr(module, "TASK_QUERIES", 64)
     searched = searched_directly(monkeypatch)
@@ -432,16 +445,22 @@ def test_a_filter_knows_what_underflows(name, rng):
 
 
 @pytest.mark.parametrize("level", [level for level in LEVELS.values() if level in RUN or level == simd_level()])
-def test_operations_are_those_of_the_first_filter(level, at_level):
+def test_operations_are_those_of_the_first_filter(level, at_level, monkeypatch):
     at_level(level)
     numba_backend = get_backend("numba")
     for metric, operation in (("euclidean", "product"), ("cityblock", "larger")):
         space = Space(METRICS[metric], np.dtype(np.float32), 128)
-        first = filters_of(space)[0]
-        has_digits = metric == "euclidean" and level.has_matrix
-        expected = "digits" if has_digits else operation
-        assert tile_kernels(space, first).plan.panels.operation.name == f"{expected}-float32"
-        assert numba_backend.operations(space, "knn") == ({"matrix-uint8": 3} if has_digits else {"fma-float32": 1})
+        narrow = Space(METRICS[metric], np.dtype(np.uint8), 128)
+        if tile_kernels(narrow).plan.panels.instruction:
+            assert isinstance(filters_of(space)[0], ByteFilter)
+            assert numba_backend.operations(space, "knn") == numba_backend.operations(narrow, "knn") != {}
+        with monkeypatch.context() as patched:
+            without_bytes(patched)
+            first = filters_of(space)[0]
+            has_digits = metric == "euclidean" and level.has_matrix
+            expected = "digits" if has_digits else operation
+            assert first.kernels(space).plan.panels.operation.name == f"{expected}-float32"
+            assert numba_backend.operations(space, "knn") == ({"matrix-uint8": 3} if has_digits else {"fma-float32": 1})
         assert numba_backend.operations(space, "pairwise") == {"add-float32": 1, "fma-float32": 1}
 
 
@@ -572,7 +591,7 @@ def test_queries_very_close_to_the_centre_have_keys(name, length, rng):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("share", [0.2, 1.0])
-def test_where_the_filter_proves_nothing_the_direct_form_does(share, dtype, rng):
+def test_where_the_filter_proves_nothing_the_direct_form_does(share, dtype, filters, rng):
     # Two tight clusters far from the centre, and from each other, beside rows that are easy.
     sides = np.where(rng.random((6000, 1)) < 0.5, -1e3, 1e3)
     corpus = (rng.normal(size=(6000, 64)) + sides).astype(dtype)
@@ -586,6 +605,7 @@ def test_where_the_filter_proves_nothing_the_direct_form_does(share, dtype, rng)
 
 @pytest.mark.parametrize("bad", [np.nan, 1e30])
 def test_candidates_are_rows_whatever_the_queries_hold(bad, rng, monkeypatch):
+    without_bytes(monkeypatch)
     engine, module = get_backend("numba"), backend_module()
     values_of = module.values_of
 
@@ -606,7 +626,7 @@ def test_candidates_are_rows_whatever_the_queries_hold(bad, rng, monkeypatch):
 
 
 @pytest.mark.parametrize(("share", "k"), [(0.3, 150), (1.0, 100)])
-def test_queries_in_doubt_keep_to_the_budget(share, k, rng):
+def test_queries_in_doubt_keep_to_the_budget(share, k, filters, rng):
     corpus = rng.normal(size=(6000, 64)).astype(np.float32)
     corpus[:400] = corpus[0]
     queries = rng.normal(size=(3000, 64)).astype(np.float32)

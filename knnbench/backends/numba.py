@@ -7,24 +7,24 @@ import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from knnbench.blocking import block_shape, chunk_rows, slices
 from knnbench.bounds import gram_floor
-from knnbench.dtypes import Array, finite_mean
+from knnbench.dtypes import Array
+from knnbench.kernels.cpu_bytes import ByteKernels
+from knnbench.kernels.cpu_filters import ByteFilter, KeyFilter, filters_of
 from knnbench.kernels.cpu_linear import LinearKernels, Panels, linear_kernels
 from knnbench.kernels.cpu_lists import MANY, list_room
 from knnbench.kernels.cpu_rows import unit_rows
 from knnbench.kernels.cpu_simd import LEVELS, cpu_features, simd_level
 from knnbench.kernels.cpu_tiles import (
-    Filter,
     Packing,
     TileKernels,
     Workspace,
-    filters_of,
     kept_rows,
     neighbours_of,
     tile_kernels,
@@ -54,12 +54,6 @@ SHARED_BYTES = 1 << 20
 
 # Up to so many queries, corpus rows are compared as they lie: packing a row takes as long as comparing it with a few.
 FEW_QUERIES = 4
-
-# A filter keeps at most one of so many rows: what keeping takes, it saves on few others.
-FILTERED_SHARE = 16
-
-# Features of all pairs, below which centring and proving take longer than a filter saves, unless it was packed before.
-FILTERED_PAIRS = 1 << 22
 
 # What a feature of a pair takes of the ceilings of `knnbench.measure.ceilings`, by operation.
 CEILINGS_OF: dict[str, dict[str, float]] = {
@@ -104,9 +98,6 @@ LOSS_PANELS = 64
 # Pairs of a block whose distances are finished while they are in the cache.
 FINISHED_PAIRS = 1 << 17
 
-# Corpus rows whose mean stands for the corpus's: differences do not depend on it, only the filter's sharpness does.
-CENTRE_ROWS = 64
-
 
 @dataclass(frozen=True)
 class TileCorpus:
@@ -116,6 +107,7 @@ class TileCorpus:
     packing: Packing | None = None
     packed_for: TileKernels | None = None
     about: Array | None = None  # the centre, where it is not that of these rows
+    _references: dict[Any, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,12 +116,15 @@ class TileCorpus:
         """Return the panels that these kernels take, if they are there."""
         return self.packing if self.packed_for and self.packed_for.plan.layout == kernels.plan.layout else None
 
-    @functools.cached_property
-    def centre(self) -> Array:
-        """A point amid the rows, by which they are centred."""
-        if self.about is not None:
-            return self.about
-        return finite_mean(self.rows[:: max(1, len(self.rows) // CENTRE_ROWS)])
+    def reference(self, kernels: TileKernels) -> Any:
+        """Return what rows are packed relative to, for some kernels."""
+        layout = kernels.plan.layout
+        if layout not in self._references:
+            self._references[layout] = kernels.reference(self.rows, self.about)
+        return self._references[layout]
+
+
+AnyFilter = ByteFilter | KeyFilter
 
 
 class NumbaBackend(HostBackend):
@@ -168,9 +163,8 @@ class NumbaBackend(HostBackend):
 
     def keep(self, prepared: TileCorpus, space: Space, budget: int) -> TileCorpus:
         """Return the rows with panels of them all, packed for the kernels that most searches take."""
-        pays = FILTERED_SHARE * kept_rows(1, len(prepared)) <= len(prepared)
-        first = next(iter(filters_of(space)), None) if pays else None
-        return packed_within(budget, prepared, tile_kernels(space, first))
+        first = next((one for one in filters_of(space) if one.pays(1, len(prepared))), None)
+        return packed_within(budget, prepared, first.kernels(space) if first else tile_kernels(space))
 
     def pairwise(self, queries: Native, prepared: TileCorpus, space: Space, budget: int) -> Native:
         """Return all distances."""
@@ -205,11 +199,14 @@ class NumbaBackend(HostBackend):
 
     def spare(self, k: int, n_queries: int, space: Space) -> int:
         """Return one for largest differences that are ranked by float64: the next is farther, or ties exactly; for
-        squares as many as their filter has room for."""
+        squares as many as their filter has room for; few where several rows are looked at for each."""
         if ranks_exactly(n_queries, space):
             return 1
-        is_kept = space.form.from_dot is not None and len(filters_of(space)) > 0
-        return list_room(kept_rows(k, sys.maxsize), sys.maxsize) - k if is_kept else super().spare(k, n_queries, space)
+        first, kept = next(iter(filters_of(space)), None), kept_rows(k, sys.maxsize)
+        if isinstance(first, ByteFilter):
+            return kept - k
+        is_kept = space.form.from_dot is not None and first is not None
+        return list_room(kept, sys.maxsize) - k if is_kept else super().spare(k, n_queries, space)
 
     def candidates(self, queries: Native, prepared: TileCorpus, count: int, space: Space, budget: int) -> Candidates:
         """Return what a filter of squares keeps, and for largest differences the nearest of exact arithmetic, as the
@@ -223,7 +220,7 @@ class NumbaBackend(HostBackend):
             floor = np.where(is_finite, np.nextafter(last, -np.inf), -np.inf)
             return Candidates(indices, floor, last, f"{space.dtype} differences", is_sure & is_finite)
         first = next(iter(_filters(queries, prepared, count, space)), None)
-        if first is None or space.form.from_dot is None or count >= MANY:
+        if not isinstance(first, KeyFilter) or space.form.from_dot is None or count >= MANY:
             return super().candidates(queries, prepared, count, space, budget)
         keeping = _Keeping(first, space, len(queries))
         values, indices, are_known = self._run(queries, prepared, count, space, budget, keeping)
@@ -242,12 +239,11 @@ class NumbaBackend(HostBackend):
         return Candidates(indices, floor, last, keeping.form)
 
     def _search(
-        self, queries: Native, prepared: TileCorpus, k: int, space: Space, budget: int, steps: list[Filter | None]
+        self, queries: Native, prepared: TileCorpus, k: int, space: Space, budget: int, steps: list[AnyFilter | None]
     ) -> tuple[Array, Array]:
         """Return the k nearest by the first of some filters, of queries that it leaves in doubt by those after it; the
         last is none."""
-        kernels = tile_kernels(space, steps[0])
-        search = _Filtered(kernels, space, steps[0].error(space)) if steps[0] else _Direct(kernels, space)
+        search = search_by(steps[0], space)
         values, indices, is_sure = self._run(queries, prepared, k, space, budget, search)
         left: Array = np.flatnonzero(~is_sure)
         if len(left) == len(queries):
@@ -271,6 +267,8 @@ class NumbaBackend(HostBackend):
             if prepared.packed(kernels):
                 left = budget - kernels.packing_bytes(n_corpus, space.n_features)
                 tasks = _Tasks(kernels, space, n_queries, n_corpus, left, k=k)
+        if not prepared.packed(kernels):
+            prepared.reference(kernels)  # found once, not by every thread
         shapes = [(n_queries, min(k, part.stop - part.start)) for part in tasks.parts]
         found = [(np.empty(shape, search.ranked), np.empty(shape, np.int64)) for shape in shapes]
         is_sure = np.ones((len(shapes), n_queries), bool)
@@ -296,17 +294,24 @@ class NumbaBackend(HostBackend):
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return the instruction of the kernel's inner loop, where one is known to bind it."""
-        found = filters_of(space) if op == "knn" else ()
-        return CEILINGS_OF.get(tile_kernels(space, next(iter(found), None)).plan.panels.operation.name, {})
+        first = next(iter(filters_of(space)), None) if op == "knn" else None
+        kernels = first.kernels(space) if first else tile_kernels(space)
+        return CEILINGS_OF.get(kernels.plan.panels.operation.name, {})
 
 
-def _filters(queries: Array, prepared: TileCorpus, k: int, space: Space) -> tuple[Filter, ...]:
-    """Return what filters distances, if anything does: not for few pairs, nor if most rows are wanted anyway."""
+def _filters(queries: Array, prepared: TileCorpus, k: int, space: Space) -> tuple[AnyFilter, ...]:
+    """Return what filters distances, if anything does: not if most rows are wanted anyway, nor for few pairs, unless
+    the corpus was packed for it before."""
     n_queries, n_corpus = len(queries), len(prepared)
-    pays = FILTERED_SHARE * kept_rows(k, n_corpus) <= n_corpus and not are_few(n_queries, space)
-    filters = filters_of(space) if pays else ()
-    is_small = n_queries * n_corpus * space.n_features < FILTERED_PAIRS
-    return () if is_small and filters and not prepared.packed(tile_kernels(space, filters[0])) else filters
+    is_few, work = are_few(n_queries, space), n_queries * n_corpus * space.n_features
+
+    def serves(one: AnyFilter) -> bool:
+        if prepared.packed_for is not None and prepared.packed(one.kernels(space)):
+            # Memory brings packed bytes sooner than rows as they lie, by more than a tile wastes that is nearly empty.
+            return isinstance(one, ByteFilter) or not is_few
+        return not is_few and work >= one.least_work
+
+    return tuple(one for one in filters_of(space) if one.pays(k, n_corpus) and serves(one))
 
 
 def values_of(queries: Array, prepared: TileCorpus, nearest: Array, space: Space) -> Array:
@@ -371,30 +376,52 @@ class _Direct(_Search):
         return is_sure
 
 
-class _Filtered(_Search):
-    """By a filter, whose declared error is given: the k nearest by the direct form, where that is proved."""
+class _Proving(_Search):
+    """By a filter: the k nearest by the direct form, where that is proved."""
 
-    def __init__(self, kernels: TileKernels, space: Space, error: float) -> None:
+    def __init__(self, kernels: TileKernels, space: Space) -> None:
         super().__init__(kernels, space)
-        self._error, self._gives_up = error, False
+        self._gives_up = False
 
     def __call__(
         self, prepared: TileCorpus, rows: slice, block: Array, part: slice, ranked: Array, nearest: Array
     ) -> Array | bool:
-        kernels, (n_queries, k), n_rows = self.kernels, ranked.shape, part.stop - part.start
         if self._gives_up:
             return False
+        is_sure = self._found(prepared, block, part, ranked, nearest)
+        if is_sure is not None:
+            return is_sure
+        are_finite = np.isfinite(block).all(axis=1)
+        if are_finite.all():
+            self._gives_up = True  # for other queries, too
+        if are_finite.all() or not are_finite.any():
+            return False
+        are_sure, some = np.zeros(len(block), bool), (ranked[are_finite], nearest[are_finite])
+        are_sure[are_finite] = self(prepared, rows, block[are_finite], part, *some)
+        ranked[are_finite], nearest[are_finite] = some
+        return are_sure
+
+    @abstractmethod
+    def _found(
+        self, prepared: TileCorpus, block: Array, part: slice, ranked: Array, nearest: Array
+    ) -> Array | bool | None:
+        """Do it; return None where the filter gives up, as it does if a query is not finite."""
+
+
+class _Filtered(_Proving):
+    """By keys whose error is declared."""
+
+    def __init__(self, kernels: TileKernels, space: Space, error: float) -> None:
+        super().__init__(kernels, space)
+        self._error = error
+
+    def _found(
+        self, prepared: TileCorpus, block: Array, part: slice, ranked: Array, nearest: Array
+    ) -> Array | bool | None:
+        kernels, (n_queries, k), n_rows = self.kernels, ranked.shape, part.stop - part.start
         found = kept_by(kernels, prepared, block, part, kept_rows(k, n_rows))
         if found is None:
-            are_finite = np.isfinite(block).all(axis=1)
-            if are_finite.all():
-                self._gives_up = True  # norms overflow, of other queries too
-            if are_finite.all() or not are_finite.any():
-                return False
-            is_sure, some = np.zeros(n_queries, bool), (ranked[are_finite], nearest[are_finite])
-            is_sure[are_finite] = self(prepared, rows, block[are_finite], part, *some)
-            ranked[are_finite], nearest[are_finite] = some
-            return is_sure
+            return None
         work, lists = found
         in_doubt = np.ones(n_queries, np.bool_)
         kernels.prove(
@@ -406,11 +433,38 @@ class _Filtered(_Search):
         return ~in_doubt
 
 
+class _Rounded(_Proving):
+    """By bytes that stand for rows."""
+
+    def _found(
+        self, prepared: TileCorpus, block: Array, part: slice, ranked: Array, nearest: Array
+    ) -> Array | bool | None:
+        kernels, (n_queries, k), packing = self.kernels, ranked.shape, prepared.packed(self.kernels)
+        grid = None if packing else prepared.reference(kernels)
+        if packing is None and grid is None:
+            return None
+        lists = kernels.lists(n_queries, k, part.stop - part.start)
+        work = kernels.workspace(n_queries, self.space.n_features, grid, packing)
+        if not kernels.knn(block, prepared.rows, part.start, part.stop, *work, k, *lists):
+            return None
+        kernels.order(block, prepared.rows, work.scratch, k, *lists, ranked, nearest)
+        return True
+
+
+def search_by(found: AnyFilter | None, space: Space) -> _Search:
+    """Return the search by a filter, or without any."""
+    if found is None:
+        return _Direct(tile_kernels(space), space)
+    if isinstance(found, ByteFilter):
+        return _Rounded(found.kernels(space), space)
+    return _Filtered(found.kernels(space), space, found.error(space))
+
+
 class _Keeping(_Search):
     """By a filter of squares: the rows that it keeps, with its own values; sure where no norm overflows."""
 
-    def __init__(self, found: Filter, space: Space, n_queries: int) -> None:
-        super().__init__(tile_kernels(space, found), space)
+    def __init__(self, found: KeyFilter, space: Space, n_queries: int) -> None:
+        super().__init__(found.kernels(space), space)
         self.ranked, self._found, self._norms = np.dtype(np.float64), found, np.zeros(n_queries)
 
     def __call__(
@@ -445,7 +499,7 @@ def kept_by(
     """Return the lists of so many rows with the smallest keys, and the workspace; None where norms could overflow."""
     n_queries, panels = len(block), prepared.packed(kernels)
     lists = kernels.lists(n_queries, kept, part.stop - part.start)
-    work = kernels.workspace(n_queries, block.shape[1], prepared.centre if panels is None else None, panels)
+    work = kernels.workspace(n_queries, block.shape[1], prepared.reference(kernels) if panels is None else None, panels)
     is_found = kernels.knn(block, prepared.rows, part.start, part.stop, *work, kept, *lists)
     return (work, lists) if is_found else None
 
@@ -581,10 +635,13 @@ def packed_within(budget: int, prepared: TileCorpus, kernels: TileKernels) -> Ti
     rows, n_features = prepared.rows, prepared.rows.shape[1]
     if kernels.packing_bytes(len(rows), n_features) > budget:
         return prepared
-    packing = kernels.packing(len(rows), n_features, prepared.centre if kernels.plan.is_filter else None)
+    reference = prepared.reference(kernels)
+    if isinstance(kernels, ByteKernels) and reference is None:
+        return prepared
+    packing = kernels.packing(len(rows), n_features, reference)
     parts = list(slices(len(packing.panels), chunk_rows(packing.panels.shape[1])))
     run_tasks(lambda part: kernels.pack(rows, part.start, part.stop, *packing), parts, thread_count())
-    return TileCorpus(rows, packing, kernels)
+    return replace(prepared, packing=packing, packed_for=kernels)
 
 
 def packed(X: Array, order: Array, kernels: LinearKernels) -> tuple[Panels, Array]:

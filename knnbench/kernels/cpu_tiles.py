@@ -20,7 +20,7 @@ two numbers, so that a row whose rounded value is above that of the k-th nearest
 mostly, are compared once more in float64, where a difference of two numbers is exact or is seen not to be; and so on:
 what is left out is not below the k-th value in float64.
 
-Where a matrix unit multiplies bytes, squares have a faster filter before that one: `knnbench.kernels.cpu_digits`.
+Faster filters are tried before these: `knnbench.kernels.cpu_bytes` and `knnbench.kernels.cpu_digits`.
 
 Few queries are compared with rows as they lie (`PanelKernels.knn_rows`), because packing would cost more than it saves.
 
@@ -30,7 +30,6 @@ The naive form of all kernels is `knnbench.backends.python`.
 import functools
 import itertools
 import math
-import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,10 +39,9 @@ import numba
 import numpy as np
 from numba.extending import register_jitable
 
-from knnbench.dtypes import Array
-from knnbench.kernels import cpu_digits
+from knnbench.dtypes import Array, finite_mean
 from knnbench.kernels.compilation import compile_cached
-from knnbench.kernels.cpu_digits import MOST_FEATURES, digit_kernels, scratch_elements
+from knnbench.kernels.cpu_digits import digit_kernels, scratch_elements
 from knnbench.kernels.cpu_lists import MANY, insert, list_room
 from knnbench.kernels.cpu_loops import (
     column_dtype,
@@ -78,8 +76,8 @@ __all__ = [
     "Plan",
     "TileKernels",
     "Workspace",
-    "filters_of",
     "kept_rows",
+    "level_in_use",
     "neighbours_of",
     "plan_of",
     "tile_kernels",
@@ -96,7 +94,7 @@ OPERATION_OF: dict[Callable[..., Any], str] = {
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """What tells which rows of floats to look at.
+    """Keys that tell which rows of floats to look at.
 
     Attributes
     ----------
@@ -107,25 +105,13 @@ class Filter:
     error, exact_error : callable
         ``(space) -> float``: the declared error, as a factor of the norms of a query and a row: from values by the
         direct form, and from exact ones.
-    least_features : int
-        From so many on it pays; below, the direct form is as fast (measured).
     """
 
     operation: str
     key: str
-    least_features: int
     error: Callable[[Space], float]
     exact_error: Callable[[Space], float]
 
-
-# By the first word of the operation's name that they filter, the fastest first.
-FILTERS = {
-    "square": (
-        Filter("digits", "digits", 32, cpu_digits.error, cpu_digits.exact_error),
-        Filter("product", "gram", 64, *[operator.attrgetter("gram_error")] * 2),
-    ),
-    "absolute": (Filter("larger", "larger", 64, *[operator.attrgetter("larger_error")] * 2),),
-}
 
 # Products of bytes, the fastest first, which only some CPUs have instructions for.
 NARROW_PRODUCTS = ("product-uint8-matrix", "product-uint8")
@@ -143,6 +129,9 @@ SPARE_SHARE = 8
 COSINE_SLACK = 1e-6
 
 ALIGNMENT = 64
+
+# Corpus rows whose mean stands for the corpus's: differences do not depend on it, only the filter's sharpness does.
+CENTRE_ROWS = 64
 
 # Queries that a corpus row meets at once where rows are compared as they lie.
 ROWS = 8
@@ -217,16 +206,6 @@ def plan_of(
     return Plan(panels, vectors(f"{kind}-{wide}"), product, "cosine" if kind == "product" else "gram")
 
 
-def filters_of(space: Space) -> tuple[Filter, ...]:
-    """Return what filters the distances of a space on this CPU, if that pays, the fastest first."""
-    if space.is_integer:
-        return ()
-    has_digits = level_in_use().has_matrix and space.n_features <= MOST_FEATURES
-    known = FILTERS.get(OPERATION_OF[space.form.accumulate], ())
-    paying = (one for one in known if space.n_features >= one.least_features)
-    return tuple(one for one in paying if has_digits or one.key != "digits")
-
-
 class Workspace(NamedTuple):
     """What a task holds beside its rows and its answer, as the kernels take it.
 
@@ -288,6 +267,25 @@ class Packing(NamedTuple):
     shifts: Array
 
 
+class Parts(NamedTuple):
+    """Functions of kernels, for kernels of others.
+
+    Attributes
+    ----------
+    pack_queries : callable
+        ``(queries, workspace.queries, workspace.query_norms, workspace.sums, workspace.centre, workspace.values)``.
+    pack_panel : callable
+        ``(corpus, start, count, panel, its columns, its norms, its shifts, centre, workspace.values)``.
+    pair : callable
+        ``(queries, i, corpus, j, workspace.values)`` returns the accumulated value of one pair, always summed in the
+        same order.
+    """
+
+    pack_queries: Callable[..., None]
+    pack_panel: Callable[..., None]
+    pair: Callable[..., Any]
+
+
 @dataclass(frozen=True)
 class TileKernels:
     """The compiled kernels of a plan; all release the interpreter lock.
@@ -315,6 +313,7 @@ class TileKernels:
         ``(queries, corpus, start, stop, *workspace, out)`` fills (n_queries, stop - start) values to rank.
     pack : callable
         ``(corpus, start, stop, *packing)`` packs panels `start` to `stop` of a corpus.
+    parts : Parts
     """
 
     plan: Plan
@@ -325,6 +324,7 @@ class TileKernels:
     prove: Callable[..., None]
     pairwise: Callable[..., None]
     pack: Callable[..., None]
+    parts: Parts
 
     @functools.cached_property
     def _dtypes(self) -> tuple[np.dtype[Any], ...]:
@@ -353,10 +353,14 @@ class TileKernels:
         vectors = self.plan.panels
         return -(-n_features // vectors.depth) * vectors.row_elements
 
-    def workspace(
-        self, n_queries: int, n_features: int, centre: Array | None = None, packing: Packing | None = None
-    ) -> Workspace:
-        """Return the arrays for a task of so many queries, on a corpus that is packed, or centred and not packed."""
+    def reference(self, rows: Array, about: Array | None = None) -> Any:
+        """Return what rows are packed relative to: of a filter, the given point, or one amid the rows."""
+        if not self.plan.is_filter:
+            return None
+        return finite_mean(rows[:: max(1, len(rows) // CENTRE_ROWS)]) if about is None else about
+
+    def workspace(self, n_queries: int, n_features: int, reference: Any = None, packing: Any = None) -> Any:
+        """Return the arrays for a task of so many queries, on a corpus that is packed, or is not, by a reference."""
         (height, width, _), (element, accumulator, column, norm, row, word) = self._shape, self._dtypes
         padded, of_row, has_digits = -(-n_queries // height) * height, self._row_elements(n_features), self._has_digits
         sizes = (
@@ -371,7 +375,7 @@ class TileKernels:
         )
         panel_sizes = () if packing else self._panel_sizes(1, n_features)
         queries, query_norms, sums, limits, out, hits, witnesses, values, *room = carved(*sizes, *panel_sizes)
-        centre, is_packed, panels, columns, norms, shifts = packing or self._packing(0, room, 1, centre)
+        centre, is_packed, panels, columns, norms, shifts = packing or self._packing(0, room, 1, reference)
         return Workspace(
             centre, is_packed, queries, panels, columns, norms, query_norms, shifts, sums, limits, out, hits, witnesses,
             values,
@@ -382,10 +386,10 @@ class TileKernels:
         (*_, norm, row, _) = self._dtypes
         return np.empty(n_queries, norm), np.empty(ROWS, row)
 
-    def packing(self, n_corpus: int, n_features: int, centre: Array | None = None) -> Packing:
+    def packing(self, n_corpus: int, n_features: int, reference: Any = None) -> Any:
         """Return room for the panels of a corpus, which `pack` fills."""
         n_panels = -(-n_corpus // self.plan.panels.panel_rows)
-        return self._packing(1, carved(*self._panel_sizes(n_panels, n_features)), n_panels, centre)
+        return self._packing(1, carved(*self._panel_sizes(n_panels, n_features)), n_panels, reference)
 
     def _panel_sizes(self, n_panels: int, n_features: int) -> tuple[tuple[int, np.dtype[Any]], ...]:
         (_, width, _), (element, accumulator, column, norm, _, _) = self._shape, self._dtypes
@@ -911,4 +915,5 @@ def _compiled(
 
     if has_digits:
         knn, pack = digit_kernels(tiles, largest_norm)
-    return TileKernels(plan, np.dtype(ranked.name), knn, knn_rows, order, prove, pairwise, pack)
+    parts = Parts(pack_queries, pack_panel, pair)
+    return TileKernels(plan, np.dtype(ranked.name), knn, knn_rows, order, prove, pairwise, pack, parts)
