@@ -184,6 +184,13 @@ def test_there_is_no_grid_of_equal_rows_or_of_steps_that_underflow(corpus):
     assert (found.indices == range(3)).all() if corpus[0, 0] else (found.indices[:, 0] == range(9)).all()
 
 
+def test_there_is_no_grid_where_no_bound_of_the_direct_form_is_known(rng):
+    corpus = rng.random((5, 200_000), np.float32)  # so many features that roundings may add up to more than a share
+    kernels, _ = kernels_of(space_of("cityblock", np.float32, corpus.shape[1]))
+    assert kernels.reference(corpus) is None
+    assert kernels.reference(np.ascontiguousarray(corpus[:, :1000])) is not None
+
+
 @pytest.mark.parametrize("metric", ["sqeuclidean", "cityblock"])
 def test_a_search_gives_up_where_bytes_tell_nothing(metric, rng):
     corpus = (rng.normal(size=(6000, 64)) * 1e-4).astype(np.float32)

@@ -194,9 +194,12 @@ class ByteKernels(TileKernels):
     measure: Callable[..., bool]
 
     def reference(self, rows: Array, about: Array | None = None) -> Rounding | None:
-        """Return the grid of rows; None if there is none, as where all that are sampled are equal."""
+        """Return the grid of rows; None if there is none, as where all that are sampled are equal, or where nothing is
+        known of the values of the direct form."""
         n_features, dtype = rows.shape[1], rows.dtype
         errors = direct_error(Space(METRICS[self.metric], dtype, n_features))
+        if not math.isfinite(errors[0]):
+            return None
         found = Rounding(np.zeros(-(-n_features // LANES) * LANES, dtype), np.array([0.0, 0.0, *errors]))
         lows, highs, row_bytes = np.empty(n_features, dtype), np.empty(n_features, dtype), byte_rows(1, n_features)
         every = max(1, len(rows) // SAMPLED)
