@@ -28,6 +28,8 @@ PEERS = ("faiss", "sklearn")
 # Of the table where no terminal says its own.
 WIDTH = 132
 
+# Of MNIST's shape, but on no grid: bytes stand for such rows less well than for pixels.
+CLUSTERS = {"n_train": 60_000, "n_test": 1000, "n_features": 784}
 PLANE = {"n_train": 10_000, "n_test": 10_000, "n_features": 2}
 
 
@@ -36,6 +38,8 @@ def cases() -> list[Case]:
     return [
         *make_cases("mnist", ["cityblock", "euclidean"], dtypes=["uint8"]),
         *make_cases("mnist", ["cityblock", "chebyshev", "euclidean"], dtypes=["float32"]),
+        *make_cases("mnist", ["cityblock", "euclidean"], dtypes=["float64"]),
+        *make_cases("synthetic", ["cityblock", "euclidean"], dtypes=["float32"], options=CLUSTERS),
         *make_cases("mnist", ["cityblock", "euclidean"], dtypes=["uint8"], n_queries=1),
         *make_cases("synthetic", ["euclidean"], dtypes=["float32"], options=PLANE),
     ]
