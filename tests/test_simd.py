@@ -39,11 +39,12 @@ from knnbench.kernels.cpu_simd import (
     Level,
     Vectors,
     cpu_features,
+    dot_product,
     simd_level,
     vectors_of,
 )
 from knnbench.kernels.cpu_tiles import (
-    NARROW_PRODUCTS,
+    NARROW,
     OPERATION_OF,
     Plan,
     compiled_kernels,
@@ -186,7 +187,7 @@ def test_not_a_number_ends_the_search_all_the_same(rng):
 # --- products of unsigned with signed bytes, which only some CPUs have an instruction for
 
 
-@pytest.mark.parametrize("operation", NARROW_PRODUCTS)
+@pytest.mark.parametrize("operation", NARROW["product"])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("n_features", [1, 3, 4, 5, 63, 64, 65, 784])
 def test_products_of_bytes(metric, n_features, operation, rng):
@@ -211,6 +212,29 @@ def test_products_of_bytes(metric, n_features, operation, rng):
         assert np.abs(everything - distances).max() <= 4 * np.finfo(float).eps
     assert_identical(values, np.take_along_axis(everything, indices, axis=1))
     assert (np.lexsort((indices, values), axis=1) == np.arange(7)).all()
+
+
+@pytest.mark.parametrize("n_features", [1, 3, 4, 5, 64, 65, 784])
+def test_sums_of_differences_as_products_with_one(n_features, rng):
+    space = Space(METRICS["cityblock"], np.dtype(np.uint8), n_features)
+    quads = Vectors(OPERATIONS["absolute-uint8-dot"], 16, 32)
+    kernels = compiled_kernels(Plan(quads, quads, plan_of(space, WIDE, frozenset()).norms, "value"), space)
+    queries, corpus = (random_rows(rng, "uint8", n, n_features) for n in (13, 50))
+    queries[0], corpus[0], corpus[1] = 255, 0, 255
+    distances, nearest = expected(queries, corpus, "cityblock", 7)
+    for few in (False, True):
+        if few and n_features < quads.features:
+            continue
+        lists = kernels.lists(13, 7, 50)
+        values, indices = np.empty((13, 7), space.ranked), np.empty((13, 7), np.int64)
+        work = kernels.workspace(13, n_features)
+        if few:
+            kernels.knn_rows(queries, corpus, 0, 50, *kernels.few(13), 7, *lists)
+        else:
+            kernels.knn(queries, corpus, 0, 50, *work, 7, *lists)
+        kernels.order(queries, corpus, work.values, 7, *lists, values, indices)
+        assert_identical(indices, nearest)
+        assert_identical(values, np.take_along_axis(distances, nearest, axis=1).astype(space.ranked))
 
 
 def test_what_centring_takes_away_is_given_back(rng, monkeypatch):
@@ -694,6 +718,17 @@ def test_a_pair_is_shifted_into_its_place(dtype, k, rng):
 
 # --- machine code for CPUs that are not here
 
+
+def test_linux_tells_which_processors_of_arm_have_products_of_bytes(tmp_path):
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor\t: 0\nFeatures\t: fp asimd crc32 asimddp ssbs\nCPU part\t: 0xd0c\n")
+    assert dot_product("neoverse-n1", told) == {"dotprod"}
+    assert not dot_product("generic", told)  # for which LLVM would refuse the instruction
+    told.write_text("processor\t: 0\nFeatures\t: fp asimd crc32 asimdhp\n")
+    assert not dot_product("cortex-a72", told)
+    assert not dot_product("cortex-a72", tmp_path / "absent")
+
+
 CPUS = {
     "avx2": (X86, "haswell", LEVELS["avx2"], frozenset({"avx2", "fma"}), r"%ymm"),
     "avx-vnni": (X86, "alderlake", LEVELS["avx2"], frozenset({"avx2", "fma", "avxvnni"}), r"%ymm"),
@@ -701,9 +736,11 @@ CPUS = {
     "vnni": (X86, "icelake-server", LEVELS["avx512"], LEVELS["avx512"].needs | {"avx512vnni"}, r"%zmm"),
     "sse": (X86, "nehalem", Level("generic", 16, 16), frozenset(), r"%xmm"),
     "arm": (ARM, "neoverse-v1", Level("generic", 16, 32), frozenset(), r"\bv\d+\."),
+    "arm-dot": (ARM, "neoverse-n1", Level("generic", 16, 32), frozenset({"dotprod"}), r"\bv\d+\."),
 }
 # LLVM joins VPMADDWD and the addition where a CPU can do both at once.
 INSTRUCTIONS = {"absolute-uint8": r"psadbw", "product-int16": r"pmaddwd|vpdpwssd", "product-uint8": r"vpdpbusd"}
+ON_ARM = {"product-uint8-dot": r"\budot\b", "absolute-uint8-dot": r"\budot\b"}
 
 
 def assembled(triple, cpu, emit, *, optimised):
@@ -754,7 +791,9 @@ def uses_stack(lines):
 FLOATS = ["absolute-float32", "square-float32", "larger-float32", "product-float32", "largest-float32"]
 FLOATS += ["product-float64", "largest-float64"]
 IN_REGISTERS = [(operation, cpu) for operation in [*FLOATS, "largest-uint8"] for cpu in CPUS]
-IN_REGISTERS += [(operation, cpu) for operation in INSTRUCTIONS for cpu in ("avx2", "avx-vnni", "avx512", "vnni")]
+OF_BYTES = [(operation, cpu) for operation in INSTRUCTIONS for cpu in ("avx2", "avx-vnni", "avx512", "vnni")]
+OF_BYTES += [(operation, "arm-dot") for operation in ON_ARM]
+IN_REGISTERS += OF_BYTES
 
 
 @pytest.mark.parametrize(("operation", "cpu"), IN_REGISTERS, ids=str)
@@ -766,11 +805,10 @@ def test_the_sums_of_a_tile_stay_in_registers(operation, cpu):
     assert any(re.search(CPUS[cpu][4], line) for line in lines)
 
 
-@pytest.mark.parametrize("cpu", ["avx2", "avx-vnni", "avx512", "vnni"])
-@pytest.mark.parametrize("operation", INSTRUCTIONS)
+@pytest.mark.parametrize(("operation", "cpu"), OF_BYTES, ids=str)
 def test_each_pair_of_vectors_takes_one_instruction(operation, cpu):
     form, lines = tile_loop(operation, cpu)
-    count = sum(bool(re.search(INSTRUCTIONS[operation], line)) for line in lines)
+    count = sum(bool(re.search((INSTRUCTIONS | ON_ARM)[operation], line)) for line in lines)
     height, width = form.tile_shape
     if form.instruction:
         # The compiler may repeat the loop's body.

@@ -62,8 +62,10 @@ FEW_QUERIES = 4
 # What a feature of a pair takes of the ceilings of `knnbench.measure.ceilings`, by operation.
 CEILINGS_OF: dict[str, dict[str, float]] = {
     "absolute-uint8": {"sad-uint8": 1},
+    "absolute-uint8-dot": {"sad-uint8": 1},
     "product-int16": {"madd-int16": 1},
     "product-uint8": {"dot-uint8": 1},
+    "product-uint8-dot": {"dot-uint8": 1},
     "product-uint8-matrix": {"matrix-uint8": 1},
     "digits-float32": {"matrix-uint8": 3},
     "digits-float64": {"matrix-uint8": 3},

@@ -193,19 +193,19 @@ def fma_chains(n: Any, lanes: Any, factor: Any, term: Any) -> Any:
     return _fma_chains(n, lanes, factor, term)
 
 
-def instruction_vectors(operation: str) -> Vectors:
-    """Return an operation at the level of this CPU.
+def instruction_vectors(*operations: str) -> Vectors:
+    """Return the first of some operations that has an instruction of its own at the level of this CPU.
 
     Raises
     ------
     UnsupportedError
-        If it has no instruction of its own there.
+        If none has.
     """
     level = simd_level()
-    vectors = vectors_of(operation, level)
-    if not vectors.instruction or (vectors.operation.is_matrix and not level.has_matrix):
-        raise UnsupportedError(f"this CPU has no instruction of its own for {operation}")
-    return vectors
+    for vectors in (vectors_of(operation, level) for operation in operations):
+        if vectors.instruction and (level.has_matrix or not vectors.operation.is_matrix):
+            return vectors
+    raise UnsupportedError(f"this CPU has no instruction of its own for {operations[0]}")
 
 
 def instruction_operations(vectors: Vectors) -> int:
@@ -222,7 +222,7 @@ def build_instruction(
 
     LLVM knows nothing of what these instructions compute, so that it can neither leave one out nor move it.
     """
-    if vectors.operation.centred:  # accumulates itself
+    if vectors.operation.group == 4:  # accumulates itself
         return vectors.step(builder, acc, queries, corpus)
     name, elements = vectors.instruction, vectors.elements
     return call(builder, name, acc.type, builder.bitcast(acc, elements), corpus)

@@ -13,7 +13,9 @@ import functools
 import platform
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -73,10 +75,30 @@ TYPES: dict[str, Any] = {
 }
 
 
+_ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
+
+
 @functools.cache
 def cpu_features() -> frozenset[str]:
     """Return LLVM's names of the features that this CPU has, and its operating system allows."""
-    return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
+    listed = frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
+    return listed | dot_product(binding.get_host_cpu_name()) if _ON_ARM else listed
+
+
+def dot_product(name: str, told: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Return the feature of Arm's products of bytes, if a CPU of LLVM's name has it.
+
+    LLVM does not list it, and knows it from the name: it compiles the instruction for processors that it knows only,
+    and ends the process otherwise. Every processor of macOS on Arm has it; Linux tells.
+    """
+    if name == "generic":
+        return frozenset()
+    has_dot = sys.platform == "darwin"
+    with suppress(OSError):
+        has_dot |= any(
+            line.startswith("Features") and "asimddp" in line.split() for line in told.read_text().splitlines()
+        )
+    return frozenset({"dotprod"}) if has_dot else frozenset()
 
 
 def always() -> bool:
@@ -131,8 +153,6 @@ def request_matrix_unit() -> bool:
         return False
     return bool(ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0)
 
-
-_ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"})
 
@@ -328,6 +348,20 @@ def add_product_quads(vectors: "Vectors", builder: Builder, acc: Any, queries: A
     return builder.add(acc, groups_summed(builder, products, 4))
 
 
+def add_product_quads_of_bytes(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Add the sum of q * c over each four unsigned bytes."""
+    if vectors.instruction:
+        return call(builder, vectors.instruction, acc.type, acc, queries, corpus)
+    wide = ir.VectorType(INT32, queries.type.count)
+    return builder.add(acc, groups_summed(builder, builder.mul(*(builder.zext(v, wide) for v in (queries, corpus))), 4))
+
+
+def add_absolute_quads(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
+    """Add the sum of |q - c| over each four unsigned bytes, as products with 1."""
+    ones = constant(queries.type, 1)
+    return add_product_quads_of_bytes(vectors, builder, acc, difference_of_bytes(builder, queries, corpus), ones)
+
+
 def add_square_longs(vectors: "Vectors", builder: Builder, acc: Any, queries: Any, corpus: Any) -> Any:
     """Add (q - c)^2 of 64-bit integers."""
     difference = builder.sub(queries, corpus)
@@ -412,6 +446,8 @@ _RANGE = {
 _SAD = {32: ("llvm.x86.avx2.psad.bw", "avx2"), 64: ("llvm.x86.avx512.psad.bw.512", "avx512bw")}
 _MADD = {32: ("llvm.x86.avx2.pmadd.wd", "avx2"), 64: ("llvm.x86.avx512.pmaddw.d.512", "avx512bw")}
 _VNNI = {32: ("llvm.x86.avx512.vpdpbusd.256", "avxvnni"), 64: ("llvm.x86.avx512.vpdpbusd.512", "avx512vnni")}
+# UDOT, of Arm, which takes bytes that are not signed.
+_DOT = {16: ("llvm.aarch64.neon.udot.v4i32.v16i8", "dotprod")}
 _AMX = {64: ("llvm.x86.tdpbuud", "amx-int8")}
 _AMX_SIGNED = {64: ("llvm.x86.tdpbssd", "amx-int8")}
 _AMX_MIXED = {64: ("llvm.x86.tdpbsud", "amx-int8")}
@@ -429,6 +465,8 @@ OPERATIONS: dict[str, Operation] = {
         Operation("square-int16", "uint8", "int16", 2, "int32", add_square_pairs, _MADD),
         Operation("product-int16", "uint8", "int16", 2, "int32", add_product_pairs, _MADD, is_light=True),
         Operation("product-uint8", "uint8", "uint8", 4, "int32", add_product_quads, _VNNI, is_light=True, centred=True),
+        Operation("product-uint8-dot", "uint8", "uint8", 4, "int32", add_product_quads_of_bytes, _DOT, is_light=True),
+        Operation("absolute-uint8-dot", "uint8", "uint8", 4, "int32", add_absolute_quads, _DOT, is_light=True),
         Operation("product-uint8-matrix", "uint8", "uint8", 4, "int32", no_step, _AMX, is_matrix=True),
         *(
             Operation(f"digits-{dtype}", dtype, "uint8", 4, "float32", no_step, _AMX_SIGNED, is_matrix=True, digits=2)

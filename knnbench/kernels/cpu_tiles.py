@@ -113,8 +113,11 @@ class Filter:
     exact_error: Callable[[Space], float]
 
 
-# Products of bytes, the fastest first, which only some CPUs have instructions for.
-NARROW_PRODUCTS = ("product-uint8-matrix", "product-uint8")
+# What bytes are compared by, the fastest first, where a CPU has an instruction for it that sums in 32 bits or more.
+NARROW = {
+    "product": ("product-uint8-matrix", "product-uint8", "product-uint8-dot"),
+    "absolute": ("absolute-uint8", "absolute-uint8-dot"),
+}
 
 # Bytes of a panel that a row fills before the next row does: they stay in the first-level cache until all rows did,
 # and memory gives more to one long stream than to many short ones.
@@ -198,12 +201,18 @@ def plan_of(
         return Plan(vectors(f"{found.operation}-{dtype}"), rows, product, found.key, is_filter=True)
     wide = "int64" if space.accumulator == np.int64 else "int16"
     product = vectors(f"product-{wide}")
+
+    def fastest(family: str, otherwise: Vectors) -> Vectors:
+        known = (vectors(name) for name in NARROW.get(family, ()) if level.has_matrix or not OPERATIONS[name].is_matrix)
+        fitting = (form for form in known if form.operation.accumulator == "int64" or wide == "int16")
+        return next((form for form in fitting if form.instruction), otherwise)
+
     if space.form.from_dot is None:
-        direct = vectors(f"{kind}-uint8")
+        direct = fastest(kind, vectors(f"{kind}-uint8"))
         return Plan(direct, direct, product, "value")
-    narrow = [vectors(name) for name in NARROW_PRODUCTS if level.has_matrix or not OPERATIONS[name].is_matrix]
-    panels = next((form for form in narrow if form.instruction and wide == "int16"), product)
-    return Plan(panels, vectors(f"{kind}-{wide}"), product, "cosine" if kind == "product" else "gram")
+    return Plan(
+        fastest("product", product), vectors(f"{kind}-{wide}"), product, "cosine" if kind == "product" else "gram"
+    )
 
 
 class Workspace(NamedTuple):

@@ -191,9 +191,9 @@ def fma_float64(threads: int, seconds: float) -> float:
     return _chains(cpu_probes.fma_chains, np.float64, (0.5, 0.5), threads, seconds)
 
 
-def _instructions(operation: str, threads: int, seconds: float) -> float:
-    """Return the best rate of an operation's own instruction, in features a second."""
-    vectors = cpu_probes.instruction_vectors(operation)
+def _instructions(operations: tuple[str, ...], threads: int, seconds: float) -> float:
+    """Return the best rate of the instruction of the first operation that has one, in features a second."""
+    vectors = cpu_probes.instruction_vectors(*operations)
     kernel = cpu_probes.instruction_chains(vectors)
     kernel(1, 1)  # compiled, or loaded, before threads wait for each other
     return in_threads(
@@ -202,23 +202,23 @@ def _instructions(operation: str, threads: int, seconds: float) -> float:
 
 
 def sad_uint8(threads: int, seconds: float) -> float:
-    """Return absolute differences of uint8 a second, by the instruction that sums eight of them."""
-    return _instructions("absolute-uint8", threads, seconds)
+    """Return absolute differences of uint8 a second, by the instruction that sums eight, or four of them times 1."""
+    return _instructions(("absolute-uint8", "absolute-uint8-dot"), threads, seconds)
 
 
 def madd_int16(threads: int, seconds: float) -> float:
     """Return multiply-adds of int16 a second, by the instruction that sums two of them."""
-    return _instructions("product-int16", threads, seconds)
+    return _instructions(("product-int16",), threads, seconds)
 
 
 def dot_uint8(threads: int, seconds: float) -> float:
-    """Return multiply-adds of uint8 with int8 a second, by the instruction that sums four of them."""
-    return _instructions("product-uint8", threads, seconds)
+    """Return multiply-adds of uint8 with int8 or uint8 a second, by the instruction that sums four of them."""
+    return _instructions(("product-uint8", "product-uint8-dot"), threads, seconds)
 
 
 def matrix_uint8(threads: int, seconds: float) -> float:
     """Return multiply-adds of uint8 a second, by the instruction of a matrix unit."""
-    return _instructions("product-uint8-matrix", threads, seconds)
+    return _instructions(("product-uint8-matrix",), threads, seconds)
 
 
 def cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
