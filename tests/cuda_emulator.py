@@ -18,37 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
+# What a kernel sees. What it calls is compiled once: with the containers in it, that takes longer than a kernel.
 HEADER = r"""
-#include <ucontext.h>
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <deque>
-#include <map>
-#include <vector>
+#include <utility>
 
 struct Index { unsigned x, y, z; };
-static Index threadIdx, blockIdx, blockDim, gridDim;
-static ucontext_t main_context;
-struct Copy { void* to; const void* from; unsigned size, n_bytes; };
-enum State { RUNS, WAITS_FOR_WARP, WAITS_FOR_BLOCK, ENDED };
-struct Product { void* sums; bool is_float; const unsigned char *a, *b; };
-struct Thread {
-    ucontext_t context;
-    std::vector<char> stack;
-    State state;
-    std::vector<Copy> started;
-    std::deque<std::vector<Copy>> groups;
-    std::vector<Product> begun;
-    std::deque<std::vector<Product>> products;
-    std::map<unsigned long long*, unsigned> waits;
-    unsigned given[8];
-    const void* place;
-};
-static Thread *running, *warp;  // warp: the first of 32
+extern Index threadIdx, blockIdx, blockDim, gridDim;
 
-static void wait(State state) { running->state = state; swapcontext(&running->context, &main_context); }
+enum State { RUNS, WAITS_FOR_WARP, WAITS_FOR_BLOCK, ENDED };
+void wait(State);
 
 #define __global__
 #define __device__ static
@@ -64,18 +44,119 @@ using std::log;
 using std::sqrt;
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-static std::vector<uint4> dynamic_memory;
+extern uint4* dynamic_memory;
+
+unsigned atomicAdd(unsigned* place, unsigned n);
+void atomicMin(unsigned long long* place, unsigned long long n);
+unsigned __byte_perm(unsigned low, unsigned high, unsigned selector);
+unsigned differences(unsigned a, unsigned b);
+unsigned add_differences(unsigned sum, unsigned a, unsigned b);
+unsigned __vmaxu2(unsigned a, unsigned b);
+unsigned larger_halves(unsigned a, unsigned b);
+float from_half(unsigned short half);
+unsigned short to_half(float x);
+
+void copy_async(void* to, const void* from, unsigned size, unsigned n_bytes);
+template <unsigned size> static void copy_async(void* to, const void* from, unsigned n_bytes)
+{
+    copy_async(to, from, size, n_bytes);
+}
+void end_of_group();
+void wait_for_all_but(unsigned n_groups);
+template <unsigned n_groups> static void wait_for_all_but() { wait_for_all_but(n_groups); }
+
+void load_matrices(unsigned (&to)[4], const void* row);
+void multiply_add(int& c0, int& c1, int& c2, int& c3, const unsigned (&a)[4], unsigned b0, unsigned b1);
+void multiply_add(float& c0, float& c1, float& c2, float& c3, const unsigned (&a)[4], unsigned b0, unsigned b1);
+
+void begin_barrier(unsigned long long& barrier);
+void show_barriers();
+void expect(unsigned long long& barrier, unsigned n_bytes);
+void copy_whole(void* to, const void* from, unsigned n_bytes, unsigned long long& barrier);
+void wait_until_filled(unsigned long long& barrier, unsigned parity);
+
+uint64_t matrix_at(const unsigned char* rows);
+uint64_t bytes_on(uint64_t matrix, unsigned n_bytes);
+void begin_products();
+void settle(int&);
+void settle(float&);
+void multiply_add(int (&acc)[2][64], unsigned long long a, unsigned long long b);
+void multiply_add(float (&acc)[2][64], unsigned long long a, unsigned long long b);
+void end_of_products();
+void wait_for_products(unsigned n_groups);
+template <unsigned n_groups> static void wait_for_products() { wait_for_products(n_groups); }
+
+void exchange(void* x, unsigned n_bytes, unsigned mask);
+template <typename T> static T of_lane(T x, unsigned mask)
+{
+    exchange(&x, sizeof(T), mask);
+    return x;
+}
+bool any_of_warp(bool x);
+
+static void** given;
+template <typename... A, size_t... I>
+static void call(void (*kernel)(A...), std::index_sequence<I...>) { kernel(*static_cast<A*>(given[I])...); }
+template <typename... A>
+static void call(void (*kernel)(A...)) { call(kernel, std::index_sequence_for<A...>()); }
+int run_blocks(void (*thread)(), const unsigned* dims);
+"""
+
+RUNTIME = r"""
+#include <setjmp.h>
+#include <ucontext.h>
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <vector>
+
+Index threadIdx, blockIdx, blockDim, gridDim;
+struct Copy { void* to; const void* from; unsigned size, n_bytes; };
+struct Product { void* sums; bool is_float; const unsigned char *a, *b; };
+struct Thread {
+    ucontext_t first;
+    jmp_buf next;
+    bool is_started;
+    State state;
+    std::vector<Copy> started;
+    std::deque<std::vector<Copy>> groups;
+    std::vector<Product> begun;
+    std::deque<std::vector<Product>> products;
+    std::map<unsigned long long*, unsigned> waits;
+    unsigned given[8];
+    const void* place;
+};
+static Thread *running, *warp;  // warp: the first of 32
+
+// Jumps, because a change of contexts asks the system for the mask of signals each time.
+static jmp_buf scheduler;
+static void resume(Thread& thread)
+{
+    if (_setjmp(scheduler)) return;
+    if (thread.is_started) _longjmp(thread.next, 1);
+    thread.is_started = true;
+    setcontext(&thread.first);
+}
+void wait(State state)
+{
+    running->state = state;
+    if (!_setjmp(running->next)) _longjmp(scheduler, 1);
+}
+
+uint4* dynamic_memory;
 
 // What a kernel may read by asynchronous copies: its arguments.
 static std::vector<std::pair<const char*, size_t>> arguments;
 static bool reads_outside;
 extern "C" void allow(const char* start, size_t n_bytes) { arguments.push_back({start, n_bytes}); }
 
-static unsigned atomicAdd(unsigned* place, unsigned n) { unsigned old = *place; *place += n; return old; }
+unsigned atomicAdd(unsigned* place, unsigned n) { unsigned old = *place; *place += n; return old; }
 
-static void atomicMin(unsigned long long* place, unsigned long long n) { *place = std::min(*place, n); }
+void atomicMin(unsigned long long* place, unsigned long long n) { *place = std::min(*place, n); }
 
-static unsigned __byte_perm(unsigned low, unsigned high, unsigned selector)
+unsigned __byte_perm(unsigned low, unsigned high, unsigned selector)
 {
     const uint64_t both = uint64_t(high) << 32 | low;
     unsigned result = 0;
@@ -83,27 +164,27 @@ static unsigned __byte_perm(unsigned low, unsigned high, unsigned selector)
     return result;
 }
 
-static unsigned differences(unsigned a, unsigned b)
+unsigned differences(unsigned a, unsigned b)
 {
     unsigned result = 0;
     for (int i = 0; i < 32; i += 8) result |= unsigned(std::abs(int(a >> i & 255) - int(b >> i & 255))) << i;
     return result;
 }
 
-static unsigned add_differences(unsigned sum, unsigned a, unsigned b)
+unsigned add_differences(unsigned sum, unsigned a, unsigned b)
 {
     for (int i = 0; i < 32; i += 8) sum += unsigned(std::abs(int(a >> i & 255) - int(b >> i & 255)));
     return sum;
 }
 
-static unsigned __vmaxu2(unsigned a, unsigned b)
+unsigned __vmaxu2(unsigned a, unsigned b)
 {
     return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
 }
 // Of numbers in float16 that are neither negative nor NaN.
-static unsigned larger_halves(unsigned a, unsigned b) { return __vmaxu2(a, b); }
+unsigned larger_halves(unsigned a, unsigned b) { return __vmaxu2(a, b); }
 
-template <unsigned size> static void copy_async(void* to, const void* from, unsigned n_bytes)
+void copy_async(void* to, const void* from, unsigned size, unsigned n_bytes)
 {
     if (uintptr_t(to) % size || uintptr_t(from) % size) __builtin_trap();
     const char* const start = static_cast<const char*>(from);
@@ -112,12 +193,12 @@ template <unsigned size> static void copy_async(void* to, const void* from, unsi
     });
     running->started.push_back({to, from, size, n_bytes});
 }
-static void end_of_group()
+void end_of_group()
 {
     running->groups.push_back(running->started);
     running->started.clear();
 }
-template <unsigned n_groups> static void wait_for_all_but()
+void wait_for_all_but(unsigned n_groups)
 {
     for (; running->groups.size() > n_groups; running->groups.pop_front())
         for (const Copy& copy : running->groups.front()) {
@@ -127,7 +208,7 @@ template <unsigned n_groups> static void wait_for_all_but()
 }
 
 // Threads 8 m to 8 m + 7 give the rows of matrix m; each gets, of every matrix, 4 bytes of row lane / 4.
-static void load_matrices(unsigned (&to)[4], const void* row)
+void load_matrices(unsigned (&to)[4], const void* row)
 {
     running->place = row;
     wait(WAITS_FOR_WARP);
@@ -149,7 +230,7 @@ static int dot_of_32(unsigned i, unsigned j)
     }
     return sum;
 }
-static void multiply_add(int& c0, int& c1, int& c2, int& c3, const unsigned (&a)[4], unsigned b0, unsigned b1)
+void multiply_add(int& c0, int& c1, int& c2, int& c3, const unsigned (&a)[4], unsigned b0, unsigned b1)
 {
     memcpy(running->given, a, sizeof(a));
     running->given[4] = b0, running->given[5] = b1;
@@ -161,14 +242,14 @@ static void multiply_add(int& c0, int& c1, int& c2, int& c3, const unsigned (&a)
 }
 
 // A number of float16 as bits; to the nearest one, of two the even.
-static float from_half(unsigned short half)
+float from_half(unsigned short half)
 {
     const int exponent = half >> 10 & 31, fraction = half & 1023;
     const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
         : exponent ? std::ldexp(1024.f + fraction, exponent - 25) : std::ldexp(float(fraction), -24);
     return half >> 15 ? -size : size;
 }
-static unsigned short to_half(float x)
+unsigned short to_half(float x)
 {
     const unsigned short sign = std::signbit(x) ? 0x8000 : 0;
     if (x != x) return 0x7fff;
@@ -189,7 +270,7 @@ static float dot_of_16(float sum, unsigned i, unsigned j)
     }
     return sum;
 }
-static void multiply_add(float& c0, float& c1, float& c2, float& c3, const unsigned (&a)[4], unsigned b0, unsigned b1)
+void multiply_add(float& c0, float& c1, float& c2, float& c3, const unsigned (&a)[4], unsigned b0, unsigned b1)
 {
     memcpy(running->given, a, sizeof(a));
     running->given[4] = b0, running->given[5] = b1;
@@ -204,13 +285,13 @@ static void multiply_add(float& c0, float& c1, float& c2, float& c3, const unsig
 // are made when the first thread waits for them.
 struct Filling { unsigned expected; std::vector<Copy> copies; bool done; };
 static std::map<unsigned long long*, std::vector<Filling>> fillings;
-static void begin_barrier(unsigned long long& barrier) { fillings[&barrier].clear(); }
-static void show_barriers() {}
-static void expect(unsigned long long& barrier, unsigned n_bytes)
+void begin_barrier(unsigned long long& barrier) { fillings[&barrier].clear(); }
+void show_barriers() {}
+void expect(unsigned long long& barrier, unsigned n_bytes)
 {
     fillings[&barrier].push_back({n_bytes, {}, false});
 }
-static void copy_whole(void* to, const void* from, unsigned n_bytes, unsigned long long& barrier)
+void copy_whole(void* to, const void* from, unsigned n_bytes, unsigned long long& barrier)
 {
     if (uintptr_t(to) % 16 || uintptr_t(from) % 16 || n_bytes % 16) __builtin_trap();
     const char* const start = static_cast<const char*>(from);
@@ -221,7 +302,7 @@ static void copy_whole(void* to, const void* from, unsigned n_bytes, unsigned lo
     memset(to, 0xAA, n_bytes);  // what stood there may be gone from now on
 }
 // A thread waits for one filling after the other.
-static void wait_until_filled(unsigned long long& barrier, unsigned parity)
+void wait_until_filled(unsigned long long& barrier, unsigned parity)
 {
     const unsigned number = running->waits[&barrier]++;
     if (number % 2 != parity) __builtin_trap();
@@ -238,24 +319,24 @@ static void wait_until_filled(unsigned long long& barrier, unsigned parity)
 
 // Products of four warps, whose matrices lie in shared memory: rows of 128 bytes with chunks that change places. They
 // are computed as late as the program allows.
-static uint64_t matrix_at(const unsigned char* rows)
+uint64_t matrix_at(const unsigned char* rows)
 {
     if (uintptr_t(rows) % 1024) __builtin_trap();
     return uintptr_t(rows);
 }
-static uint64_t bytes_on(uint64_t matrix, unsigned n_bytes) { return matrix + n_bytes; }
-static void begin_products() {}
-static void settle(int&) {}
-static void settle(float&) {}
-static void multiply_add(int (&acc)[2][64], unsigned long long a, unsigned long long b)
+uint64_t bytes_on(uint64_t matrix, unsigned n_bytes) { return matrix + n_bytes; }
+void begin_products() {}
+void settle(int&) {}
+void settle(float&) {}
+void multiply_add(int (&acc)[2][64], unsigned long long a, unsigned long long b)
 {
     running->begun.push_back({acc, false, (const unsigned char*)a, (const unsigned char*)b});
 }
-static void multiply_add(float (&acc)[2][64], unsigned long long a, unsigned long long b)
+void multiply_add(float (&acc)[2][64], unsigned long long a, unsigned long long b)
 {
     running->begun.push_back({acc, true, (const unsigned char*)a, (const unsigned char*)b});
 }
-static void end_of_products()
+void end_of_products()
 {
     running->products.push_back(running->begun);
     running->begun.clear();
@@ -285,24 +366,22 @@ static void compute(const Product& product)
             }
         }
 }
-template <unsigned n_groups> static void wait_for_products()
+void wait_for_products(unsigned n_groups)
 {
     for (; running->products.size() > n_groups; running->products.pop_front())
         for (const Product& product : running->products.front()) compute(product);
 }
 
 // What the thread of the warp has whose number differs in the bits of a mask.
-template <typename T> static T of_lane(T x, unsigned mask)
+void exchange(void* x, unsigned n_bytes, unsigned mask)
 {
-    memcpy(running->given, &x, sizeof(T));
+    memcpy(running->given, x, n_bytes);
     wait(WAITS_FOR_WARP);
-    T other;
-    memcpy(&other, warp[(running - warp) ^ mask].given, sizeof(T));
+    memcpy(x, warp[(running - warp) ^ mask].given, n_bytes);
     wait(WAITS_FOR_WARP);
-    return other;
 }
 
-static bool any_of_warp(bool x)
+bool any_of_warp(bool x)
 {
     running->given[0] = x;
     wait(WAITS_FOR_WARP);
@@ -311,21 +390,6 @@ static bool any_of_warp(bool x)
     wait(WAITS_FOR_WARP);
     return any;
 }
-"""
-
-LAUNCHER = r"""
-#include <tuple>
-#include <utility>
-
-template <typename... A, size_t... I>
-static void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) { kernel(*static_cast<A*>(args[I])...); }
-
-template <auto kernel> struct Entry {
-    static void** args;
-    template <typename... A> static void call_it(void (*k)(A...)) { call(k, args, std::index_sequence_for<A...>()); }
-    static void run() { call_it(kernel); running->state = ENDED; swapcontext(&running->context, &main_context); }
-};
-template <auto kernel> void** Entry<kernel>::args;
 
 // Runs the threads of a warp until all wait for the block or have ended; returns whether all do the same.
 static bool run_warp(std::vector<Thread>& threads, size_t first)
@@ -337,7 +401,7 @@ static bool run_warp(std::vector<Thread>& threads, size_t first)
         for (size_t t = first; t < end; ++t) {
             running = &threads[t];
             threadIdx = {unsigned(t % blockDim.x), unsigned(t / blockDim.x), 0};
-            if (running->state == RUNS) swapcontext(&main_context, &running->context);
+            if (running->state == RUNS) resume(*running);
             ++counts[running->state];
         }
         if (counts[WAITS_FOR_WARP] != end - first)
@@ -346,29 +410,37 @@ static bool run_warp(std::vector<Thread>& threads, size_t first)
     }
 }
 
+static void (*kernel)();
+static void run_thread() { for (;;) kernel(), wait(ENDED); }
+
 // Returns 0; 1 if some threads of a block or a warp wait at a barrier while others do not; 2 if something is written
 // past the shared memory that was asked for; 3 if something is copied that is no argument.
-template <auto kernel> static int launch(const unsigned* dims, void** args)
+int run_blocks(void (*thread)(), const unsigned* dims)
 {
-    Entry<kernel>::args = args;
+    kernel = thread;
     const uint4 guard = {~0u, ~0u, ~0u, ~0u};
-    dynamic_memory.assign(dims[4] / sizeof(uint4) + 5, guard);
+    std::vector<uint4> memory(dims[4] / sizeof(uint4) + 5, guard);
+    dynamic_memory = memory.data();
     reads_outside = false;
     gridDim = {dims[0], dims[1], 1};
     blockDim = {dims[2], dims[3], 1};
     std::vector<Thread> threads(blockDim.x * blockDim.y);
-    for (Thread& thread : threads) thread.stack.resize(1 << 16);
+    const size_t stack_bytes = 1 << 16;
+    const std::unique_ptr<char[]> stacks(new char[threads.size() * stack_bytes]);
+    for (size_t t = 0; t < threads.size(); ++t) {
+        ucontext_t& first = threads[t].first;
+        getcontext(&first);
+        first.uc_stack.ss_sp = &stacks[t * stack_bytes];
+        first.uc_stack.ss_size = stack_bytes;
+        makecontext(&first, run_thread, 0);
+    }
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
     for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
         for (Thread& thread : threads) {
-            getcontext(&thread.context);
-            thread.context.uc_stack.ss_sp = thread.stack.data();
-            thread.context.uc_stack.ss_size = thread.stack.size();
             thread.state = RUNS;
             thread.groups.clear();
             thread.products.clear();
             thread.waits.clear();
-            makecontext(&thread.context, Entry<kernel>::run, 0);
         }
         for (size_t ended = 0; ended < threads.size();) {
             bool agree = true;
@@ -380,9 +452,9 @@ template <auto kernel> static int launch(const unsigned* dims, void** args)
             if (ended && ended < threads.size()) return 1;
         }
     }
-    const unsigned char* const memory = reinterpret_cast<unsigned char*>(dynamic_memory.data());
+    const unsigned char* const bytes = reinterpret_cast<unsigned char*>(dynamic_memory);
     for (size_t i = dims[4]; i < dims[4] + 4 * sizeof(uint4); ++i)
-        if (memory[i] != 255) return 2;
+        if (bytes[i] != 255) return 2;
     arguments.clear();
     return 3 * reads_outside;
 }
@@ -397,25 +469,43 @@ def compiler():
     return shutil.which("g++")
 
 
+def run_compiler(folder, source, *options):
+    """Compile a source in a folder."""
+    path = folder / "source.cpp"
+    path.write_text(source)
+    command = [compiler(), "-std=c++17", "-O1", "-fPIC", "-Wno-unknown-pragmas"]
+    # Traps, because the library of messages cannot be loaded into a running Python.
+    command += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-fno-sanitize=vptr"]
+    done = subprocess.run([*command, path, *options], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@functools.cache
+def runtime():
+    """Return the machine code of what kernels call, compiled once a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Fortified, a jump may not go to another stack.
+        run_compiler(Path(folder), HEADER + RUNTIME, "-U_FORTIFY_SOURCE", "-c", "-o", "runtime.o")
+        return Path(folder, "runtime.o").read_bytes()
+
+
 class Kernels:
     """The kernels of a source, which is CUDA C++ without headers."""
 
     def __init__(self, source):
         names = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^()]*\) )?(\w+)\(', source)
         entries = "".join(
-            f'extern "C" int run_{name}(unsigned* dims, void** args) {{ return launch<{name}>(dims, args); }}\n'
+            f'extern "C" int run_{name}(const unsigned* dims, void** args)\n'
+            f"{{ given = args; return run_blocks([] {{ call({name}); }}, dims); }}\n"
             for name in names
         )
         with tempfile.TemporaryDirectory() as folder:
-            path, library = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
-            source = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1* const \2 = dynamic_memory.data();", source)
-            path.write_text(HEADER + source + LAUNCHER + entries)
-            command = [compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
-            # Traps, because the library of messages cannot be loaded into a running Python.
-            command += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-fno-sanitize=vptr"]
-            done = subprocess.run([*command, str(path), "-o", str(library)], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            self._library = ctypes.CDLL(str(library))
+            Path(folder, "runtime.o").write_bytes(runtime())
+            source = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1* const \2 = dynamic_memory;", source)
+            # Each library has its own state, and must not find another's.
+            options = "runtime.o", "-shared", "-Wl,-Bsymbolic", "-o", "kernels.so"
+            run_compiler(Path(folder), HEADER + source + entries, *options)
+            self._library = ctypes.CDLL(str(Path(folder, "kernels.so")))
 
     def launch(self, name, grid, block, args, shared_mem=0):
         """Run a kernel; `args` are C-contiguous arrays, which it may change, and numpy scalars."""
