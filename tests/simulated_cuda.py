@@ -1,26 +1,77 @@
 """numba's CUDA simulator, set up for the cases of `tests.gpu_cases`.
 
 A plugin of pytest (``-p tests.simulated_cuda``) for a process that has NUMBA_ENABLE_CUDASIM=1. The simulator runs
-each thread of a kernel as a thread of Python, so tiles are made small; its arrays do not present themselves as
-device arrays; where two threads reach a shared array at the same moment, it gives each its own; and it runs no
-intrinsics, which have their forms in Python here.
+each thread of a kernel as a thread of Python, so tiles are made small; it asks all of them without a pause whether they
+wait, so here they run one after the other; its arrays do not present themselves as device arrays; it finds shared
+arrays by the stack, and aligns none; and it runs no intrinsics, which have their forms in Python here.
 """
 
+import random
 import sys
+import threading
 import types
 
 import numpy as np
 
 MULTIPROCESSORS = 3
 
+ORDER = random.Random(0)
+
 
 def shared_array(self, shape, dtype, alignment=None):
-    """Return the one array of the line that asks for it, whichever thread comes first."""
+    """Return the one array of the line that asks for it."""
     from numba.np import numpy_support
 
     caller = sys._getframe(1)
     line = caller.f_code.co_filename, caller.f_lineno
     return self._allocations.setdefault(line, np.empty(shape, numpy_support.as_dtype(dtype)))
+
+
+def blocks_in_turn(simulated_thread):
+    """Return how a block is run: each thread up to a barrier or its end, then another.
+
+    In an order that changes from barrier to barrier, so that one that is missing shows whichever of two threads needs
+    it.
+    """
+
+    class Thread(simulated_thread):
+        def __init__(self, manager, block, thread, args):
+            super().__init__(lambda: manager._f(*args), manager, block, thread, manager._debug)
+            self.turn, self.rest = threading.Semaphore(0), threading.Semaphore(0)
+
+        def run(self):
+            super().run()
+            self.rest.release()
+
+        def go_on(self):
+            self.syncthreads_blocked = False
+            if self.ident:
+                self.turn.release()
+            else:
+                self.start()
+            self.rest.acquire()
+
+        def syncthreads(self):
+            self.syncthreads_blocked = True
+            self.rest.release()
+            self.turn.acquire()
+            if self.abort:
+                raise RuntimeError("another thread of the block has failed")
+
+    def run(manager, block, *args):
+        threads = [Thread(manager, block, thread, args) for thread in np.ndindex(*manager._block_dim)]
+        failed = None
+        while threads:
+            ORDER.shuffle(threads)
+            for thread in threads:
+                thread.abort = failed is not None
+                thread.go_on()
+                failed = failed or thread.exception
+            threads = [thread for thread in threads if thread.syncthreads_blocked]
+        if failed:
+            raise failed[0].with_traceback(failed[1])
+
+    return run
 
 
 def filled(value, count):
@@ -105,7 +156,7 @@ def pytest_configure(config):
     import numba
     import numba.cuda as cuda
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-    from numba.cuda.simulator.kernel import FakeCUDAKernel
+    from numba.cuda.simulator.kernel import BlockManager, BlockThread, FakeCUDAKernel
     from numba.cuda.simulator.kernelapi import FakeCUDAShared
 
     assert numba.config.ENABLE_CUDASIM
@@ -116,6 +167,7 @@ def pytest_configure(config):
     cuda.get_current_device = lambda: device
     cuda.as_cuda_array = lambda array: array
     FakeCUDAShared.array = shared_array
+    BlockManager.run = blocks_in_turn(BlockThread)
     FakeCUDAKernel._cache = types.SimpleNamespace()
     FakeCUDAArray.__cuda_array_interface__ = property(lambda self: self._ary.__array_interface__)
 
