@@ -56,10 +56,11 @@ def client():
     with (
         dask.config.set(SETTINGS),
         dask_distributed().LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=None
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=None,
+            silence_logs=50,  # of those that are killed
         ) as cluster,
         dask_distributed().Client(cluster, set_as_default=False) as client,
-    ):
+    ):  # fmt: skip
         yield client
 
 
@@ -350,29 +351,21 @@ def slow_rows(block, block_id=None, mark=""):
 
 
 @pytest.mark.parametrize(("dtype", "accuracy"), [("uint8", "fast"), ("float32", "fast"), ("float32", "exact")])
-def test_a_worker_that_is_killed_in_the_middle(dtype, accuracy, rng, tmp_path):
+def test_a_worker_that_is_killed_in_the_middle(dtype, accuracy, client, rng, tmp_path):
     queries, corpus = make(rng, dtype)
     expected = knn(queries, corpus, K, backend="numba", accuracy=accuracy)
     mark = str(tmp_path / "ran")
     shards = da.from_array(corpus, chunks=(SEVEN, -1)).map_blocks(slow_rows, dtype=corpus.dtype, mark=mark)
-    package = dask_distributed()
-    with (
-        dask.config.set(SETTINGS),
-        package.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=None,
-            silence_logs=50,
-        ) as cluster,
-        package.Client(cluster) as client,
-    ):  # fmt: skip
-        lazy = distributed.knn(queries, shards, K, backend="numba", accuracy=accuracy, compute=False, client=client)
-        futures = client.compute(list(lazy))
-        before = client.run(os.getpid)
-        while len(os.listdir(tmp_path)) < 3:
-            time.sleep(0.02)
-        os.kill(int(os.listdir(tmp_path)[0].split("-")[2]), signal.SIGKILL)  # one that holds something
-        distances, indices = client.gather(futures)
-        workers = client.run(os.getpid)
-    assert set(before.values()) - set(workers.values())  # it is gone, and another came
+    lazy = distributed.knn(queries, shards, K, backend="numba", accuracy=accuracy, compute=False, client=client)
+    before = client.run(os.getpid)
+    futures = client.compute(list(lazy))
+    while len(os.listdir(tmp_path)) < 3:
+        time.sleep(0.02)
+    os.kill(int(os.listdir(tmp_path)[0].split("-")[2]), signal.SIGKILL)  # one that holds something
+    distances, indices = client.gather(futures)
+    client.wait_for_workers(2, timeout=60)
+    workers = client.run(os.getpid)
+    assert len(set(before.values()) & set(workers.values())) == 1  # it is gone, and another came
     ran = [name.split("-")[1] for name in os.listdir(tmp_path)]
     assert len(set(ran)) == 7
     assert len(ran) > 7  # some shard was made once more
