@@ -50,10 +50,14 @@ ASK_FOR_TIMES = ("only", "enable", "save", "autosave", "json", "compare", "compa
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let benchmarks run once and untimed, as tests of their answers, unless times are asked for."""
+    """Let benchmarks run once and untimed, as tests of their answers, and threads wait, unless times are asked for."""
     # pytest-benchmark reads the option in a hook that runs last.
     if not any(config.getoption(f"benchmark_{name}") for name in ASK_FOR_TIMES):
         config.option.benchmark_disable = True
+        # Otherwise threads that wait for each other take a CPU each, and a search of few rows by scikit-learn, torch or
+        # faiss took 50 ms where others have the second one. Read when their OpenMP is loaded, here and in processes of
+        # tests.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def as_parameter(name: str) -> Any:
