@@ -154,10 +154,12 @@ def misbehaving(tmp_path, monkeypatch):
     sys.modules.pop("misbehaving", None)
 
 
-def plan_of(*names, metrics=("euclidean",), ops=("knn",), case_s=0.05, n_queries=40, k=3, **options):
-    cases = measure.make_cases(
-        "digits", metrics, ops=ops, k=k, n_queries=n_queries, options={"n_train": 300, "n_test": 40}
-    )
+def plan_of(
+    *names, metrics=("euclidean",), ops=("knn",), case_s=0.05, n_queries=40, k=3, dataset="synthetic", **options
+):
+    # Not of scikit-learn where any data will do: loading it is most of what a worker does.
+    given = {"n_train": 300, "n_test": 40} | ({"n_features": 64} if dataset == "synthetic" else {})
+    cases = measure.make_cases(dataset, metrics, ops=ops, dtypes=["uint8"], k=k, n_queries=n_queries, options=given)
     return measure.Plan(names, cases, case_s=case_s, threads=1, twins=False, **options)
 
 
@@ -173,7 +175,7 @@ def test_a_good_backend_is_measured_and_checked(misbehaving, monkeypatch):
     monkeypatch.setattr(ceilings.Ceilings, "_run", MEASURED_RUN)
     (cell,) = cells("good", n_queries=30, k=5, case_s=0.5)
     assert (cell.status, cell.reason) == ("ok", "")
-    assert cell.case == "knn/euclidean/digits/uint8/30x300x64/k5"
+    assert cell.case == "knn/euclidean/synthetic/uint8/30x300x64/k5"
     assert (cell.measured_queries, cell.measured_corpus) == (30, 300)
     assert not cell.is_sampled
     assert len(cell.times_s) >= runner.LEAST_TIMES
@@ -199,7 +201,7 @@ def test_distances_of_all_pairs_are_measured_and_checked(misbehaving):
     if cell.backend != "good":
         cell, remembers = remembers, cell
     assert (cell.status, cell.k, cell.recall, cell.error) == ("ok", None, None, 0)
-    assert cell.case == "pairwise/cityblock/digits/uint8/40x300x64"
+    assert cell.case == "pairwise/cityblock/synthetic/uint8/40x300x64"
     assert remembers.status == "wrong"
 
 
@@ -504,7 +506,7 @@ def test_the_check_of_distances_finds_planted_faults(rng):
 def test_a_random_search_is_measured_and_checked(misbehaving):
     names = "good", "torch-cdist", "wrongloss", "wrongdecision", "impossibleloss", "scipy"
     # Time enough that all iterations are measured on a slow machine, too.
-    found = {cell.backend: cell for cell in cells(*names, ops=["random-search"], case_s=0.5)}
+    found = {cell.backend: cell for cell in cells(*names, ops=["random-search"], case_s=0.5, dataset="digits")}
     good, peer, wrong_loss, wrong_decision, impossible, absent = (found[name] for name in names)
     assert (good.status, good.reason) == (peer.status, peer.reason) == ("ok", "")
     assert good.case == "random-search/cross-entropy/digits/uint8/40x300x64"
