@@ -1,5 +1,6 @@
 """What `benchmarks.runs` takes for a run of this machine, and what ``python -m benchmarks.kernels`` shows of it."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -14,13 +15,18 @@ from knnbench.measure.ceilings import Ceilings
 from knnbench.measure.machine import describe_machine
 from knnbench.results import append_record, read_records
 
+from .test_measure import fake_run
+
 ROOT = Path(__file__).parents[1]
 ZEN5 = {"cpu": "AMD EPYC 9B45 (Zen 5)", "cpus": 2, "features": ["avx2"], "gpus": []}
 
 
 @pytest.fixture
-def plan():
-    return Plan(["numpy"], make_cases("digits", ["cityblock"], n_queries=10), case_s=0.1, threads=1, twins=False)
+def plan(monkeypatch):
+    monkeypatch.setattr(Ceilings, "_run", fake_run(itertools.repeat(1e12)))
+    options = {"n_train": 1000, "n_features": 64}
+    cases = make_cases("synthetic", ["cityblock"], dtypes=["uint8"], n_queries=10, options=options)
+    return Plan(["numpy"], cases, case_s=0.1, threads=1, twins=False)
 
 
 def run(plan, path):

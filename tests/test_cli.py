@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, what it keeps, how it exits."""
 
+import itertools
 import json
 import os
 import signal
@@ -16,17 +17,22 @@ import knnbench.results
 from knnbench import cli, datasets
 from knnbench.backends import backend_status, registry
 from knnbench.measure import machine, reproduction
-from knnbench.measure.ceilings import PROBES
+from knnbench.measure.ceilings import PROBES, Ceilings
 from knnbench.measure.process import WorkerEnded
 from knnbench.measure.reproduction import NOTEBOOK, Progress
 from knnbench.results import append_record, read_records
+from tests.test_measure import MEASURED_RUN, fake_run
 from tests.test_results import FIRST, SECOND
 
 
 @pytest.fixture
 def invoke(tmp_path, monkeypatch):
-    """Run a command line in this process, in an empty folder, and return (exit code, stdout, stderr)."""
+    """Run a command line in this process, in an empty folder, and return (exit code, stdout, stderr).
+
+    Its ceilings are made up: to measure those of a run takes longer than all else of it.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Ceilings, "_run", fake_run(itertools.repeat(1e12)))
     monkeypatch.setattr(cli.out, "_width", 200)
     monkeypatch.setattr(cli.err, "_width", 200)
 
@@ -52,7 +58,8 @@ def in_process_of_its_own(*arguments, cwd, **environment):
     )
 
 
-def test_run_shows_and_keeps_what_it_measured(invoke, tmp_path):
+def test_run_shows_and_keeps_what_it_measured(invoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(Ceilings, "_run", MEASURED_RUN)
     code, shown, _ = invoke("run", "--backends", "numpy,python", "--dataset", "digits", "--time", "0.4", "-k", "2")
     assert code == 0
     records = read_records(tmp_path / cli.OUTPUT)
@@ -90,16 +97,16 @@ def test_run_prints_json_lines(invoke, tmp_path):
 
 
 def test_cases_are_listed_and_chosen_by_name(invoke, tmp_path):
-    grid = "run", "--dataset", "digits", "--metrics", "all", "--dtype", "uint8,float32", "--op", "knn,pairwise"
+    grid = "run", *DATA, "--metrics", "all", "--dtype", "uint8,float32", "--op", "knn,pairwise"
     code, shown, _ = invoke(*grid, "--list")
     assert (code, len(shown.splitlines())) == (0, 20)
     code, shown, _ = invoke(*grid, "--only", "pairwise/cosine/*", "--list")
-    assert shown.splitlines() == [f"pairwise/cosine/digits/{dtype}/359x1438x64" for dtype in ("uint8", "float32")]
+    assert shown.splitlines() == [f"pairwise/cosine/synthetic/{dtype}/300x1000x64" for dtype in ("uint8", "float32")]
     code, shown, _ = invoke(*grid, "--only", "pairwise/cityblock/*/uint8/*", "--backends", "numpy", "--time", "0.1")
     assert code == 0
-    assert "pairwise cityblock, digits uint8, 1,438 x 64" in shown
+    assert "pairwise cityblock, synthetic uint8, 1,000 x 64" in shown
     assert {record.case for record in read_records(tmp_path / cli.OUTPUT)} == {
-        "pairwise/cityblock/digits/uint8/359x1438x64"
+        "pairwise/cityblock/synthetic/uint8/300x1000x64"
     }
 
 
@@ -158,9 +165,11 @@ def test_absent_mnist_says_how_to_get_it(tmp_path):
         assert "knnbench data fetch mnist" in " ".join(done.stderr.split())
 
 
-# Without euclidean and cosine, whose products have a ceiling that takes seconds to measure.
+# Without euclidean, whose products have a ceiling that takes seconds to measure, and without the digits, for which each
+# process would load scikit-learn.
 METRICS = "cityblock,chebyshev"
-SMALL = "--backends", "numpy,python", "--dataset", "digits", "--metrics", METRICS, "--time", "0.4"
+DATA = "--dataset", "synthetic", "--n-queries", "300", "--n-corpus", "1000", "--n-features", "64"
+SMALL = "--backends", "numpy,python", *DATA, "--metrics", METRICS, "--time", "0.4"
 # Long enough to be stopped in the middle. The last two say where to.
 GRID = *SMALL[:-1], "2", "-o", "records.jsonl"
 
@@ -347,7 +356,8 @@ def test_the_ceilings_of_a_device_are_measured_first(invoke, monkeypatch):
     assert log == [*(name for name, probe in PROBES.items() if probe.device == "cuda"), (["cupy", "torch-cuda"], Known)]
 
 
-def test_machine_shows_what_it_is_and_what_it_can_do(invoke):
+def test_machine_shows_what_it_is_and_what_it_can_do(invoke, monkeypatch):
+    monkeypatch.setattr(Ceilings, "_run", MEASURED_RUN)
     code, shown, _ = invoke("machine", "--probes", "gemm-float32", "--threads", "1")
     assert code == 0
     assert machine.describe_machine()["cpu"] in shown
