@@ -144,7 +144,8 @@ def test_a_whole_run_on_a_pretended_device(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("from tests.fake_torch_cuda import install\ninstall()\n")
     path, names = tmp_path / "run.jsonl", ("torch-cuda", *gpu.BASELINES)
     command = [sys.executable, "-m", "knnbench", "run", "--device", "cuda", "--backends", ",".join(names), "--metrics",
-               "euclidean", "--dataset", "digits", "--time", "0.5", "--no-twins", "--output", str(path)]  # fmt: skip
+               "euclidean", "--dataset", "synthetic", "--dtype", "uint8", "--n-queries", "359", "--n-corpus", "1438",
+               "--n-features", "64", "--time", "0.5", "--no-twins", "--output", str(path)]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -158,7 +159,7 @@ def test_a_whole_run_on_a_pretended_device(tmp_path):
     assert {record.run for record in records.values()} == {records["torch-cuda"].run}
     # What is shown of them, had all queries been measured in so short a time: the ratios of one run.
     records = {name: replace(record, measured_queries=record.n_queries) for name, record in records.items()}
-    case = gpu.Case("knn", "euclidean", "digits", "uint8", 3, 359, 1438, 64)
+    case = gpu.Case("knn", "euclidean", "synthetic", "uint8", 3, 359, 1438, 64)
     assert case.name == records["torch-cuda"].case
     line = gpu.Target(case, "device", ("cuda-gemm-int8", 1), of_product=0.7)
     (row,) = rows_of([line], list(records.values()))
