@@ -79,8 +79,12 @@ def add(monkeypatch):
 
     def plant(**targets):
         points = [importlib.metadata.EntryPoint(name, target, ENTRY_POINTS) for name, target in targets.items()]
+        found = importlib.metadata.entry_points
+        # Of other groups those that there are: scikit-learn's narwhals keeps what it finds.
         monkeypatch.setattr(
-            importlib.metadata, "entry_points", lambda group: importlib.metadata.EntryPoints(points) if group else None
+            importlib.metadata,
+            "entry_points",
+            lambda group: importlib.metadata.EntryPoints(points) if group == ENTRY_POINTS else found(group=group),
         )
         forget()
 
