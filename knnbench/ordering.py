@@ -5,6 +5,8 @@ size, the number of threads or the layout of shards. The functions take ``xp``, 
 their arguments (numpy or cupy).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,11 @@ MERGED_ELEMENTS = 1 << 16
 
 DENSE = 1 / 8
 """Share of a block's values beyond which `Selection.update` selects within the block first."""
+
+
+# What `Selection` selects by, on arrays of any library.
+Smallest = Callable[[Any, int], tuple[Any, Any]]
+Closer = Callable[[Any, Any], tuple[Any, ...]]
 
 
 def largest(dtype: np.dtype[Any]) -> Any:
@@ -112,11 +119,23 @@ class Selection:
 
     A column of a later block has a larger index than all before it, so it enters only if it is strictly
     smaller than the k-th value: one comparison a pair, after the first block.
+
+    Parameters
+    ----------
+    xp : module
+    k : int
+    smallest : callable, optional
+        ``(values, k) -> (values, columns)``, by default `smallest_k`.
+    closer : callable, optional
+        ``(values, limit) -> (rows, columns)`` of what is smaller than its row's limit, in order of the rows. By default
+        a comparison of all.
     """
 
-    def __init__(self, xp: Any, k: int) -> None:
+    def __init__(self, xp: Any, k: int, smallest: Smallest | None = None, closer: Closer | None = None) -> None:
         self._xp = xp
         self._k = k
+        self._smallest = smallest or functools.partial(smallest_k, xp)
+        self._closer = closer or (lambda values, limit: xp.nonzero(values < limit))
         self.values: Any = None
         self.indices: Any = None
 
@@ -130,10 +149,8 @@ class Selection:
         start : int
             Corpus index of its first column.
         """
-        xp, width = self._xp, values.shape[1]
         if self.values is None:
-            self.values, self.indices = smallest_k(xp, values, min(self._k, width))
-            self.indices = self.indices + start
+            self.values, self.indices = self._whole_block(values, start)
             return
         if self.values.shape[1] < self._k:
             self._append(*self._whole_block(values, start))
@@ -146,7 +163,7 @@ class Selection:
     def _closer_columns(self, values: Any, start: int) -> tuple[Any, Any] | None:
         """Return what is closer than the k-th value of its row, None if that is much of the block."""
         xp, (n_rows, width) = self._xp, values.shape
-        rows, columns = xp.nonzero(values < self.values[:, -1:])
+        rows, columns = self._closer(values, self.values[:, -1:])
         if not len(rows):
             return values[:, :0], values[:, :0]
         if len(rows) > n_rows * width * DENSE:
@@ -166,7 +183,7 @@ class Selection:
         return few_values, few_indices
 
     def _whole_block(self, values: Any, start: int) -> tuple[Any, Any]:
-        best, columns = smallest_k(self._xp, values, min(self._k, values.shape[1]))
+        best, columns = self._smallest(values, min(self._k, values.shape[1]))
         return best, columns + start
 
     def _append(self, values: Any, indices: Any) -> None:

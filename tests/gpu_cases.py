@@ -42,7 +42,7 @@ SOME = 24 if SIMULATED else 6 * EDGE
 BLOCKED_IN = {
     "numba-cuda": ["knnbench.backends.numba_cuda"],
     "cupy": ["knnbench.backends.cupy", "knnbench.backends.blockwise"],
-    "torch-cuda": ["knnbench.backends.blockwise"],
+    "torch-cuda": ["knnbench.backends.torch", "knnbench.backends.blockwise"],
 }
 BLOCK_BUDGET = {"numba-cuda": 400 if SIMULATED else 600, "cupy": 90_000, "torch-cuda": 90_000}
 
@@ -116,7 +116,6 @@ def test_few_queries_and_many_rows(metric, k, rng):
     check(queries, corpus, metric, k)
 
 
-@pytest.mark.skipif(BACKEND == "torch-cuda", reason="torch's own selection says what NaN is")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nan_is_near_nothing(dtype, rng):
     queries, corpus = (rng.integers(1, 9, (n, 3)).astype(dtype) for n in (3, EDGE + 3))

@@ -13,6 +13,7 @@ import pytest
 
 from knnbench import knn, pairwise, prepare
 from knnbench.backends import backend_status, get_backend
+from knnbench.blocking import slices
 from knnbench.dtypes import COMPUTED
 from knnbench.metrics import METRICS, Space
 from knnbench.ordering import Selection, smallest_k
@@ -21,6 +22,8 @@ from ._checks import assert_identical
 
 torch = pytest.importorskip("torch")
 backend = pytest.importorskip("knnbench.backends.torch")
+
+from knnbench.backends.torch_selection import LEAST_GROUP, Minima, group_columns  # noqa: E402
 
 CASES = Path(__file__).with_name("gpu_cases.py")
 
@@ -95,6 +98,9 @@ SWITCHES = {
     ),
     "deterministic": lambda: set_aside(
         torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
+    ),
+    "no oneDNN": lambda: set_aside(
+        lambda: torch.backends.mkldnn.enabled, lambda v: setattr(torch.backends.mkldnn, "enabled", v), False
     ),
     "one thread": lambda: set_aside(torch.get_num_threads, torch.set_num_threads, 1),
 }  # fmt: skip
@@ -237,20 +243,74 @@ def test_scan_finds_the_first_bad_row_beyond_the_first_chunk(finite, zero):
 # ---- order
 
 
-@pytest.mark.parametrize("k", [1, 2, 7, 40])
+@pytest.mark.parametrize("short", [0, 64, 4096])
+@pytest.mark.parametrize(("width", "k"), [(40, 1), (40, 7), (40, 40), (200, 1), (2600, 3), (2603, 19), (900, 100)])
 @pytest.mark.parametrize("dtype", ["int32", "int64", "float32", "float64"])
-def test_the_total_order_is_that_of_numpy(dtype, k, rng):
-    values = rng.integers(0, 4, (50, 40)).astype(dtype)
-    names = backend.NumpyNames("cpu")
+@pytest.mark.parametrize("largest", [1, 4, 1000])
+def test_the_total_order_is_that_of_numpy(dtype, width, k, short, largest, rng):
+    values = rng.integers(0, largest, (20, width)).astype(dtype)
     expected = smallest_k(np, values, k)
-    for ours, theirs in zip(smallest_k(names, torch.from_numpy(values), k), expected, strict=True):
+    minima = Minima(k, short, finite=True)
+    for ours, theirs in zip(minima.smallest(torch.from_numpy(values), k), expected, strict=True):
         assert_identical(ours.numpy(), theirs)
-    for width in (1, 3, 40):
-        selection = Selection(names, k)
-        for start in range(0, 40, width):
-            selection.update(torch.from_numpy(values[:, start : start + width]), start)
+    for step in (37, 300, 1280, width):
+        selection = Selection(backend.NumpyNames("cpu"), k, minima.smallest, minima.closer)
+        for columns in slices(width, step):
+            selection.update(torch.from_numpy(values[:, columns]), columns.start)
         assert_identical(selection.values.numpy(), expected[0])
         assert_identical(selection.indices.numpy(), expected[1])
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+def test_columns_in_order_are_selected(order):
+    # Every block then replaces all that is held, or nothing of it.
+    values = np.arange(2000, dtype=np.float32)[None].repeat(3, axis=0)[:, :: 1 if order == "ascending" else -1]
+    minima = Minima(5, 64, finite=True)
+    selection = Selection(backend.NumpyNames("cpu"), 5, minima.smallest, minima.closer)
+    for columns in slices(2000, 320):
+        selection.update(torch.from_numpy(values[:, columns].copy()), columns.start)
+    expected = range(5) if order == "ascending" else range(1999, 1994, -1)
+    assert selection.indices.tolist() == [list(expected)] * 3
+
+
+def test_the_first_of_equal_columns_are_in_the_first_groups(rng):
+    # The k-th value is that of more groups than are chosen, and of columns on both sides of an edge of two.
+    values = np.full((4, 640), 9, np.int32)
+    values[:, [31, 32, 95, 96, 320, 639]] = 1
+    values[1, 400:] = 0
+    values[2] = 1
+    for k in (1, 2, 4):
+        found = Minima(k, 0, finite=True).smallest(torch.from_numpy(values), k)
+        assert_identical(found[1].numpy(), smallest_k(np, values, k)[1])
+
+
+@pytest.mark.parametrize("short", [0, 4096])
+@pytest.mark.parametrize("k", [1, 3, 50, 2500])
+def test_what_is_not_a_number_is_last(k, short, rng):
+    values = rng.random((6, 2600)).astype(np.float32)
+    values[:, rng.integers(0, 2600, 400)] = np.nan  # of nearly every group one
+    values[1, 2:] = np.nan
+    values[2, 7] = np.inf
+    expected = np.argsort(values, axis=1, kind="stable")[:, :k]
+    minima = Minima(k, short, finite=False)
+    for step in (320, 2600):
+        selection = Selection(backend.NumpyNames("cpu"), k, minima.smallest, minima.closer)
+        for columns in slices(2600, step):
+            selection.update(torch.from_numpy(values[:, columns]), columns.start)
+        assert_identical(np.isnan(selection.values.numpy()), np.isnan(np.take_along_axis(values, expected, axis=1)))
+        numbers = ~np.isnan(selection.values.numpy())
+        assert_identical(selection.indices.numpy()[numbers], expected[numbers])
+
+
+@pytest.mark.parametrize(("width", "k"), [(60_000, 3), (60_000, 19), (4096, 3), (4096, 19), (65_536, 100)])
+def test_groups_leave_few_columns_to_look_at(width, k):
+    def looked_at(size):
+        return width // size + k * size
+
+    size = group_columns(width, k)
+    assert size >= LEAST_GROUP
+    assert looked_at(size) <= width / 4
+    assert looked_at(size) <= 1.1 * min(looked_at(2**n) for n in range(5, 12))
 
 
 def test_a_median_is_one_of_the_values():
@@ -364,8 +424,14 @@ def test_every_metric_has_what_torch_needs():
 def test_the_forms_in_place_are_those_of_the_metrics(form, rng):
     shapes = ((4, 5), 1000), ((4, 1), 9), ((1, 5), 9)
     dots, query_norms, corpus_norms = (rng.integers(0, largest, shape) for shape, largest in shapes)
-    got = backend.FROM_DOT[form](*map(torch.from_numpy, (dots.copy(), query_norms, corpus_norms)))
-    assert_identical(got.numpy(), form(dots, query_norms, corpus_norms))
+    given = torch.from_numpy(dots.copy())
+    shared = backend.FROM_DOT[form].shared(given, torch.from_numpy(corpus_norms))
+    order = shared.argsort(dim=1, stable=True).numpy()
+    got = backend.FROM_DOT[form].own(shared, torch.from_numpy(query_norms))
+    expected = form(dots, query_norms, corpus_norms)
+    assert got.data_ptr() == given.data_ptr()
+    assert_identical(got.numpy(), expected)
+    assert_identical(order, np.argsort(expected, axis=1, kind="stable"))
 
 
 # ---- CUDA
@@ -400,7 +466,7 @@ def test_the_right_side_of_every_product_of_int8_is_a_multiple_of_8(rng, monkeyp
 
 @pytest.mark.parametrize("n_features", [1, 15, 16, 17, 784])
 def test_a_packed_corpus_is_at_most_twice_as_large_as_its_rows(n_features, rng, monkeypatch):
-    monkeypatch.setattr(backend.TorchSearch, "_multiplies_int8", lambda engine, rows: True)
+    monkeypatch.setitem(backend.INT8_UNITS, "cpu", lambda: "dot-uint8")
     engine, space = get_backend("torch"), Space(METRICS["euclidean"], np.dtype(np.uint8), n_features)
     queries, corpus = (torch.from_numpy(rng.integers(0, 256, (n, n_features), np.uint8)) for n in (9, 1000))
     prepared = engine.prepare(corpus, space)
@@ -411,6 +477,37 @@ def test_a_packed_corpus_is_at_most_twice_as_large_as_its_rows(n_features, rng, 
     expected = knn(queries.numpy(), corpus.numpy(), 5, "sqeuclidean", backend="numpy")
     assert_identical(found[0].numpy(), expected.distances)
     assert_identical(found[1].numpy(), expected.indices)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean", "cosine"])
+@pytest.mark.parametrize("n_features", [7, 16, 1025])
+@pytest.mark.parametrize("unit", [None, "dot-uint8"])
+def test_bytes_are_multiplied_alike_with_and_without_int8(unit, n_features, metric, rng, monkeypatch):
+    monkeypatch.setitem(backend.INT8_UNITS, "cpu", lambda: unit)
+    queries, corpus = (rng.integers(1, 256, (n, n_features), np.uint8) for n in (9, 300))
+    expected = pairwise(queries, corpus, metric, backend="numpy")
+    assert_identical(pairwise(queries, corpus, metric, backend="torch"), expected)
+    found, neighbors = (knn(queries, corpus, 5, metric, backend=name) for name in ("torch", "numpy"))
+    assert_identical(found.indices, neighbors.indices)
+    assert_identical(found.distances, neighbors.distances)
+
+
+def test_int8_is_taken_on_a_cpu_that_is_fast_at_it(monkeypatch):
+    space = Space(METRICS["euclidean"], np.dtype(np.uint8), 16)
+    supported = {"_is_vnni_supported": True, "_is_amx_tile_supported": True}
+    for name, value in supported.items():
+        monkeypatch.setattr(torch.cpu, name, lambda value=value: value)
+    monkeypatch.setattr(backend, "multiplies_int8", lambda device: True)
+    assert get_backend("torch").operations(space, "knn") == {"matrix-uint8": 1.0}
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert get_backend("torch").operations(space, "knn") == {"dot-uint8": 1.0}
+    with SWITCHES["no oneDNN"]():
+        assert backend.host_int8_unit() is None
+    monkeypatch.setattr(backend, "multiplies_int8", lambda device: False)
+    assert backend.host_int8_unit() is None
+    monkeypatch.setattr(backend, "multiplies_int8", lambda device: True)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert get_backend("torch").operations(space, "knn") == {"fma-float32": 1}
 
 
 def test_more_features_than_int32_can_sum(monkeypatch):

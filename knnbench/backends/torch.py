@@ -1,7 +1,8 @@
 """PyTorch, on the CPU and on CUDA: one implementation, with the device as the only difference.
 
-The search is that of `knnbench.backends.blockwise`; here is what its blocks are computed with. The choice
-among equal values cannot be left to ``torch.topk``, which does not specify it: it gives the k-th value only.
+The search is that of `knnbench.backends.blockwise`; here is what its blocks are computed with. A tile of products is
+passed over four times: it is written, the corpus norms are added in place (two), and minima of groups of columns are
+read, by which `knnbench.backends.torch_selection` chooses. The norm of a query is added to what was chosen.
 """
 
 import functools
@@ -17,16 +18,18 @@ import numpy as np
 import torch
 
 from knnbench import interchange, metrics
-from knnbench.blocking import chunk_rows, slices
+from knnbench.blocking import block_shape, chunk_rows, slices
 from knnbench.dtypes import Array
 from knnbench.errors import BackendUnavailableError
 from knnbench.metrics import METRICS, Space
+from knnbench.ordering import Selection
 from knnbench.settings import setting
 from knnbench.threads import THREADS_VARIABLE, SharedSetting, thread_count
 
 from .base import Backend, Capabilities, Native, Scan
 from .blockwise import CENTRE_OF_UINT8, EXACT_FEATURES, BlockCorpus, Blocks, BlockSearch
 from .linear import DEVICE_ELEMENTS, HOST_ELEMENTS, ChunkedLoss, LinearLoss
+from .torch_selection import Minima, group_columns
 from .upload import Lane, Uploader
 
 __all__ = ["TorchArrays", "TorchBackend", "TorchCudaBackend"]
@@ -52,6 +55,12 @@ EXACT_SUM = 2**24 // 255
 LEAST_ROWS = 17
 ROWS_MULTIPLE = 8
 FEATURES_MULTIPLE = 16
+
+# Bytes held for each column that is looked at again: its value, number and place, twice.
+CANDIDATE_BYTES = 40
+
+# Chunks of `knnbench.blocking.chunk_rows` that are taken at once: starting a kernel takes longer than one of them.
+CHUNKS = {"cpu": 1, "cuda": 8}
 
 # Centred uint8 have products of at most 2**14 in size: sums of so many of them stay below 2**31.
 INT32_FEATURES = 2**16
@@ -98,16 +107,12 @@ class NumpyNames:
         return torch.repeat_interleave(array, times, dim=axis)
 
     def take_along_axis(self, array: Native, indices: Native, axis: int) -> Native:
-        """Return the elements at `indices` of each row."""
-        return torch.take_along_dim(array, indices, dim=axis)
+        """Return the elements at `indices` of each row, none of which is negative."""
+        return torch.gather(array, axis, indices)
 
     def argsort(self, array: Native, axis: int, kind: str) -> Native:
         """Return the order of each row."""
         return torch.argsort(array, dim=axis, stable=kind == "stable")
-
-    def partition(self, array: Native, kth: int, axis: int) -> Native:
-        """Return the partition up to the k-th element, which is all that is looked at."""
-        return torch.topk(array, kth + 1, dim=axis, largest=False).values
 
     def median(self, array: Native, axis: int) -> Native:
         """Return the median; of an even number the smaller. torch's own has no deterministic form on CUDA."""
@@ -156,12 +161,29 @@ DIRECT_FORMS: dict[Any, DirectForm] = {
     metrics.step_largest: DirectForm(math.inf, torch.Tensor.abs_, torch.Tensor.abs_, torch.amax),
 }
 
-# `Form.from_dot` in place of the dot products: at 784 features its temporaries would cost a fifth of the product.
-FROM_DOT: dict[Any, Callable[[Native, Native, Native], Native]] = {
-    metrics.squares_from_dot: lambda dot, query_norms, corpus_norms: torch.sub(
-        corpus_norms, dot, alpha=2, out=dot
-    ).add_(query_norms),
-    metrics.dot_itself: metrics.dot_itself,
+
+@dataclass(frozen=True, slots=True)
+class GramForm:
+    """`Form.from_dot` in place, in two parts, as a pass over all pairs takes about as long as 20 features of a product.
+
+    Attributes
+    ----------
+    shared : callable
+        ``(dots, corpus_norms) -> values``, in place: by these a query ranks the corpus.
+    own : callable
+        ``(values, query_norms) -> accumulated``, in place: what is the same for all that a query is compared with, and
+        never changes their order.
+    """
+
+    shared: Callable[[Native, Native], Native]
+    own: Callable[[Native, Native], Native]
+
+
+FROM_DOT: dict[Any, GramForm] = {
+    metrics.squares_from_dot: GramForm(
+        lambda dots, corpus_norms: torch.sub(corpus_norms, dots, alpha=2, out=dots), torch.Tensor.add_
+    ),
+    metrics.dot_itself: GramForm(lambda dots, corpus_norms: dots, lambda values, query_norms: values),
 }
 
 
@@ -241,7 +263,15 @@ class TorchArrays(Backend):
 
 
 class TorchSearch(TorchArrays, BlockSearch):
-    """The blockwise search on tensors."""
+    """The blockwise search on tensors.
+
+    Attributes
+    ----------
+    short : int
+        Of `knnbench.backends.torch_selection.Minima`.
+    """
+
+    short: ClassVar[int]
 
     @property
     def xp(self) -> Any:
@@ -264,10 +294,9 @@ class TorchSearch(TorchArrays, BlockSearch):
 
     def operations(self, space: Space, op: str) -> dict[str, float]:
         """Return those of the products, in int8 where the device multiplies uint8 so."""
-        is_product = self.capabilities.device == "cuda" and space.is_integer and space.form.from_dot is not None
-        if is_product and multiplies_int8(torch.device("cuda", torch.cuda.current_device())):
-            return {"cuda-gemm-int8": 1.0}
-        return BlockSearch.operations(self, space, op)
+        is_product = space.is_integer and space.form.from_dot is not None
+        unit = INT8_UNITS[self.capabilities.device]() if is_product else None
+        return {unit: 1.0} if unit else BlockSearch.operations(self, space, op)
 
     def direct_block(self, queries: Native, corpus: Native, space: Space) -> Native:
         """Return the accumulated values of all pairs.
@@ -321,13 +350,38 @@ class TorchSearch(TorchArrays, BlockSearch):
         shift = 0 if form.rank_uses_norms else CENTRE_OF_UINT8
         dtype = torch.float64 if form.rank_uses_norms else DTYPES[space.accumulator]
         # Kept where it is as large as the rows: twice as much is what the budget counts of a packed corpus.
-        is_kept = self._multiplies_int8(rows) and space.n_features % FEATURES_MULTIPLE == 0
-        return BlockCorpus(rows, squared_norms(rows, dtype, shift), centred=as_int8(rows) if is_kept else None)
+        centred = as_int8(rows) if self._keeps_int8(space) else None
+        return BlockCorpus(rows, squared_norms(rows, dtype, shift), centred=centred)
 
     def _block(self, block: BlockCorpus, prepared: BlockCorpus, space: Space, columns: slice) -> Native:
+        if space.form.from_dot is None:
+            return self.direct_block(block.rows, prepared.rows[columns], space)
+        return self._whole(self._shared(block, prepared, space, columns), block, space)
+
+    def _nearest(
+        self, block: BlockCorpus, prepared: BlockCorpus, k: int, space: Space, blocks: Blocks, *, direct: bool = False
+    ) -> tuple[Native, Native]:
+        is_direct = direct or space.form.from_dot is None
+        # Queries with products that are NaN are searched again.
+        minima = Minima(k, self.short, finite=space.is_integer or not is_direct)
+        selection = Selection(self.xp, k, minima.smallest, minima.closer)
+        for columns in slices(len(prepared.rows), blocks.corpus):
+            if is_direct:
+                values = self.direct_block(block.rows, prepared.rows[columns], space)
+            else:
+                values = self._shared(block, prepared, space, columns)
+            selection.update(values, columns.start)
+        values = selection.values if is_direct else self._whole(selection.values, block, space)
+        return values, selection.indices
+
+    def _whole(self, shared: Native, block: BlockCorpus, space: Space) -> Native:
+        """Return, in place, the values to rank from those that rank the corpus for each query of a block by itself."""
+        assert block.norms is not None
+        return FROM_DOT[space.form.from_dot].own(shared, block.norms[:, None])
+
+    def _shared(self, block: BlockCorpus, prepared: BlockCorpus, space: Space, columns: slice) -> Native:
+        """Return what ranks some columns of the corpus for each query of a block."""
         form, corpus = space.form, prepared.rows[columns]
-        if form.from_dot is None:
-            return self.direct_block(block.rows, corpus, space)
         assert block.norms is not None
         assert prepared.norms is not None
         norms = block.norms[:, None], prepared.norms[None, columns]
@@ -336,7 +390,7 @@ class TorchSearch(TorchArrays, BlockSearch):
             assert prepared.centred is not None
             dots = torch.matmul(block.centred, prepared.centred[columns].T)
         else:
-            if self._multiplies_int8(corpus):
+            if self._multiplies_int8():
                 left = as_int8(block.rows) if block.centred is None else block.centred
                 right = as_int8(corpus) if prepared.centred is None else prepared.centred[columns.start :]
                 dots = int8_dot(left, right, (len(block.rows), len(corpus)), space)
@@ -344,10 +398,34 @@ class TorchSearch(TorchArrays, BlockSearch):
                 dots = float_dot(block.rows, corpus, space)
             if form.rank_uses_norms:
                 uncentre(dots, block.rows, corpus, space)
-        return form.rank_arrays(self.xp, FROM_DOT[form.from_dot](dots, *norms), *norms)
+        return form.rank_arrays(self.xp, FROM_DOT[form.from_dot].shared(dots, norms[1]), *norms)
 
-    def _multiplies_int8(self, rows: Native) -> bool:
-        return self.capabilities.device == "cuda" and multiplies_int8(rows.device)
+    def _search_blocks(self, n_queries: int, n_corpus: int, k: int, space: Space, budget: int) -> Blocks:
+        """Return blocks that are wide where queries are few: a tile then meets fewer lists."""
+        size, ranked = max(4, space.accumulator.itemsize), space.ranked.itemsize
+        # A product of bytes that is ranked as it comes is the only tile, and float rows are; of others tiles and rows
+        # are converted. What is smaller than the k-th value of its row is at most an eighth: 4 bytes a pair more.
+        is_packed = self._keeps_int8(space) and space.form.from_dot is not None and ranked == 4
+        pair_bytes = 0 if space.is_integer else min(budget // 4, 3 * self.largest.elements * size)
+        # Where those would be more than a quarter of a row, all of it is selected from, which takes no more.
+        candidates = min(k * group_columns(n_corpus, k), n_corpus // 4)
+        queries, corpus = block_shape(
+            n_queries,
+            n_corpus,
+            budget=budget - pair_bytes,
+            per_pair=(1 if is_packed or not space.is_integer else 3) * max(size, ranked) + 4,
+            per_query=4 * space.n_features * size + 6 * k * (ranked + 8) + CANDIDATE_BYTES * candidates,
+            per_corpus=(0 if is_packed else 2) * space.n_features * size,
+            max_queries=self.largest.queries,
+            max_corpus=self.largest.corpus * max(1, self.largest.queries // n_queries),
+        )
+        return Blocks(queries, corpus, pair_bytes // (3 * size))
+
+    def _keeps_int8(self, space: Space) -> bool:
+        return space.is_integer and self._multiplies_int8() and space.n_features % FEATURES_MULTIPLE == 0
+
+    def _multiplies_int8(self) -> bool:
+        return INT8_UNITS[self.capabilities.device]() is not None
 
     def _pairs(self, queries: Native, corpus: Native, i: Native, j: Native, space: Space, elements: int) -> Native:
         form = DIRECT_FORMS[space.form.step]
@@ -407,14 +485,19 @@ class TorchBackend(TorchSearch):
     """PyTorch on the CPU."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(device="cpu", metrics=SUPPORTED, certifies=True)
+    # Of float32, a row of 96 is sorted in 2.7 us and one of 938 in 54; topk takes 0.7 and 6.7 (k = 3 and 19, AMD EPYC).
+    short: ClassVar[int] = 64
 
 
 class TorchCudaBackend(TorchSearch):
     """PyTorch on the current CUDA device."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(device="cuda", metrics=SUPPORTED, certifies=True)
-    # Starting a kernel costs as much as the product of a small block.
-    largest: ClassVar[Blocks] = Blocks(queries=4096, corpus=16_384, elements=1 << 24)
+    # A tile is as wide as the corpus where the budget allows it: nothing is then compared with lists, nor waited for.
+    largest: ClassVar[Blocks] = Blocks(queries=2048, corpus=1 << 16, elements=1 << 22)
+    # A row of so many elements is sorted by one block of threads; topk starts a kernel for each digit, and which rows
+    # have more that equal the k-th value would be waited for.
+    short: ClassVar[int] = 4096
 
 
 class TorchLane(Lane):
@@ -547,7 +630,7 @@ def writeable(array: Array) -> Array:
 
 def row_chunks(rows: Native) -> Iterator[Native]:
     """Yield a tensor's rows in chunks whose temporary copies stay small."""
-    return iter(rows.split(chunk_rows(rows.shape[1])))
+    return iter(rows.split(chunk_rows(rows.shape[1]) * CHUNKS[rows.device.type]))
 
 
 def first_row(rows: Native, is_bad: Callable[[Native], Native]) -> int | None:
@@ -634,11 +717,33 @@ def as_int8(rows: Native) -> Native:
     return centred
 
 
+def host_int8_unit() -> str | None:
+    """Return the ceiling of the CPU's products of int8, None where torch has no fast ones.
+
+    That is without the instructions, or oneDNN, which has a switch: loops would take a hundred times as long then.
+    """
+    onednn: Any = torch.backends.mkldnn
+    if not (onednn.is_available() and onednn.enabled and torch.cpu._is_vnni_supported()):
+        return None
+    if not multiplies_int8(torch.device("cpu")):
+        return None
+    return "matrix-uint8" if torch.cpu._is_amx_tile_supported() else "dot-uint8"
+
+
+def cuda_int8_unit() -> str | None:
+    """Return the ceiling of the current CUDA device's products of int8, None if torch has none for it."""
+    return "cuda-gemm-int8" if multiplies_int8(torch.device("cuda", torch.cuda.current_device())) else None
+
+
+INT8_UNITS: dict[str, Callable[[], str | None]] = {"cpu": host_int8_unit, "cuda": cuda_int8_unit}
+
+
 @functools.cache
 def multiplies_int8(device: torch.device) -> bool:
     """Return whether torch has exact products of int8 on a device, from computing one of the largest numbers.
 
-    It has none on devices before compute capability 7.5, nor in some builds.
+    It has none on devices before compute capability 7.5, nor in some builds; and CPUs without VNNI may sum two products
+    in 16 bits.
     """
     extremes = torch.tensor([-128, 127], dtype=torch.int8, device=device).repeat_interleave(32)
     rows = extremes.reshape(64, 1).repeat(1, FEATURES_MULTIPLE)
