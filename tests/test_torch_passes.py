@@ -89,6 +89,7 @@ class Wide(backend.TorchBackend):
 
     largest = backend.TorchCudaBackend.largest
     short = backend.TorchCudaBackend.short
+    row_copies = backend.TorchCudaBackend.row_copies
 
 
 ENGINES = {"cpu": backend.TorchBackend, "cuda": Wide}

@@ -269,9 +269,12 @@ class TorchSearch(TorchArrays, BlockSearch):
     ----------
     short : int
         Of `knnbench.backends.torch_selection.Minima`.
+    row_copies : int
+        How many times as much as a block's float rows the direct form holds.
     """
 
     short: ClassVar[int]
+    row_copies: ClassVar[int]
 
     @property
     def xp(self) -> Any:
@@ -406,6 +409,7 @@ class TorchSearch(TorchArrays, BlockSearch):
         # A product of bytes that is ranked as it comes is the only tile, and float rows are; of others tiles and rows
         # are converted. What is smaller than the k-th value of its row is at most an eighth: 4 bytes a pair more.
         is_packed = self._keeps_int8(space) and space.form.from_dot is not None and ranked == 4
+        copies = self.row_copies if not space.is_integer else 0 if is_packed else 2
         pair_bytes = 0 if space.is_integer else min(budget // 4, 3 * self.largest.elements * size)
         # Where those would be more than a quarter of a row, all of it is selected from, which takes no more.
         candidates = min(k * group_columns(n_corpus, k), n_corpus // 4)
@@ -415,7 +419,7 @@ class TorchSearch(TorchArrays, BlockSearch):
             budget=budget - pair_bytes,
             per_pair=(1 if is_packed or not space.is_integer else 3) * max(size, ranked) + 4,
             per_query=4 * space.n_features * size + 6 * k * (ranked + 8) + CANDIDATE_BYTES * candidates,
-            per_corpus=(0 if is_packed else 2) * space.n_features * size,
+            per_corpus=copies * space.n_features * size,
             max_queries=self.largest.queries,
             max_corpus=self.largest.corpus * max(1, self.largest.queries // n_queries),
         )
@@ -487,6 +491,7 @@ class TorchBackend(TorchSearch):
     capabilities: ClassVar[Capabilities] = Capabilities(device="cpu", metrics=SUPPORTED, certifies=True)
     # Of float32, a row of 96 is sorted in 2.7 us and one of 938 in 54; topk takes 0.7 and 6.7 (k = 3 and 19, AMD EPYC).
     short: ClassVar[int] = 64
+    row_copies: ClassVar[int] = 1
 
 
 class TorchCudaBackend(TorchSearch):
@@ -498,6 +503,7 @@ class TorchCudaBackend(TorchSearch):
     # A row of so many elements is sorted by one block of threads; topk starts a kernel for each digit, and which rows
     # have more that equal the k-th value would be waited for.
     short: ClassVar[int] = 4096
+    row_copies: ClassVar[int] = 0
 
 
 class TorchLane(Lane):
