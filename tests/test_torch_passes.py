@@ -185,6 +185,15 @@ def test_waiting_is_noticed(dtype, monkeypatch):
         assert_nothing_waits(watch, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_one_tile_takes_the_place_of_another(dtype):
+    engine, space = backend.TorchBackend(), Space(METRICS["sqeuclidean"], np.dtype(dtype), SHAPE[2])
+    blocks = engine._search_blocks(*SHAPE[:2], 3, space, 1 << 30)
+    assert blocks.corpus < SHAPE[1] / 2
+    watch, _ = watched(engine, dtype, 3)
+    assert 1 <= watch.peak / (blocks.queries * blocks.corpus * 4) < 1.5
+
+
 @pytest.mark.parametrize("k", [3, 400])
 @pytest.mark.parametrize("device", ENGINES)
 @pytest.mark.parametrize("metric", ["sqeuclidean", "cosine", "chebyshev"])

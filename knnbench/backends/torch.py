@@ -365,15 +365,18 @@ class TorchSearch(TorchArrays, BlockSearch):
         self, block: BlockCorpus, prepared: BlockCorpus, k: int, space: Space, blocks: Blocks, *, direct: bool = False
     ) -> tuple[Native, Native]:
         is_direct = direct or space.form.from_dot is None
+
+        def tile(columns: slice) -> Native:
+            if is_direct:
+                return self.direct_block(block.rows, prepared.rows[columns], space)
+            return self._shared(block, prepared, space, columns)
+
         # Queries with products that are NaN are searched again.
         minima = Minima(k, self.short, finite=space.is_integer or not is_direct)
         selection = Selection(self.xp, k, minima.smallest, minima.closer)
         for columns in slices(len(prepared.rows), blocks.corpus):
-            if is_direct:
-                values = self.direct_block(block.rows, prepared.rows[columns], space)
-            else:
-                values = self._shared(block, prepared, space, columns)
-            selection.update(values, columns.start)
+            # No name keeps a tile, so that the next one takes its place in memory, and in the caches.
+            selection.update(tile(columns), columns.start)
         values = selection.values if is_direct else self._whole(selection.values, block, space)
         return values, selection.indices
 
