@@ -8,11 +8,12 @@ import pytest
 
 from knnbench import knn, prepare
 from knnbench.backends import get_backend
+from knnbench.bounds import direct_error
 from knnbench.kernels import cpu_bytes
-from knnbench.kernels.cpu_bytes import LANES, SCRATCH, byte_rows, narrow_space
+from knnbench.kernels.cpu_bytes import LANES, LARGEST_LIMIT, MOST_FEATURES, SCRATCH, byte_rows, narrow_space
 from knnbench.kernels.cpu_filters import ByteFilter
 from knnbench.kernels.cpu_simd import LEVELS, cpu_features, simd_level
-from knnbench.kernels.cpu_tiles import compiled_kernels, plan_of
+from knnbench.kernels.cpu_tiles import compiled_kernels, plan_of, tile_kernels
 from knnbench.metrics import METRICS, Space
 
 from ._checks import assert_identical
@@ -35,27 +36,32 @@ def kernels_of(space, form="this CPU"):
     ), direct  # fmt: skip
 
 
-def searched(kernels, queries, corpus, k, *, packed=False):
-    """Return the values and indices of the k nearest by bytes; None if the search gave up."""
-    n_features = queries.shape[1]
-    grid = kernels.reference(corpus)
+def searched(kernels, queries, corpus, k, *, packed=False, part=slice(None), grid=None):
+    """Return the values and indices of the k nearest in a part by bytes; None if the search gave up."""
+    n_features, (first, stop, _) = queries.shape[1], part.indices(len(corpus))
+    grid = grid or kernels.reference(corpus)
     packing = None
     if packed:
         packing = kernels.packing(len(corpus), n_features, grid)
         kernels.pack(corpus, 0, len(packing.panels), *packing)
-    lists = kernels.lists(len(queries), k, len(corpus))
+    lists = kernels.lists(len(queries), k, stop - first)
     work = kernels.workspace(len(queries), n_features, None if packed else grid, packing)
-    if not kernels.knn(queries, corpus, 0, len(corpus), *work, k, *lists):
+    # Nothing may rest on what room happens to hold: of floats it is NaN here.
+    given = {"offsets", "numbers", "is_packed", *(packing._fields if packed else ("panels", "shifts"))}
+    for room in (*lists[:2], *(getattr(work, name) for name in work._fields if name not in given)):
+        room.view(np.uint8)[...] = 255
+    if not kernels.knn(queries, corpus, first, stop, *work, k, *lists):
         return None
     answer = np.empty((len(queries), k), kernels.ranked), np.empty((len(queries), k), np.int64)
     kernels.order(queries, corpus, work.scratch, k, *lists, *answer)
     return answer
 
 
-def searched_directly(kernels, queries, corpus, k):
+def searched_directly(kernels, queries, corpus, k, *, part=slice(None)):
     """Return those of all pairs by the direct form, which `knn` alone would select by sums in another order."""
-    n = len(corpus)
-    values, indices = np.zeros((len(queries), n), kernels.ranked), np.tile(np.arange(n), (len(queries), 1))
+    rows = np.arange(len(corpus))[part]
+    n = len(rows)
+    values, indices = np.zeros((len(queries), n), kernels.ranked), np.tile(rows, (len(queries), 1))
     counts, answer = np.full(len(queries), n), (np.empty_like(values), np.empty_like(indices))
     row = kernels.workspace(1, queries.shape[1]).values
     kernels.order(queries, corpus, row, n, values, indices, counts, *answer)
@@ -86,6 +92,14 @@ def rows_of(kind, n, n_features, rng):
     corpus[n // 2 : n // 2 + 30] = corpus[:30]  # ties
     queries[0] = corpus[5]
     return queries, corpus
+
+
+def assert_nearest(kernels, direct, queries, corpus, k, *, part=slice(None), **options):
+    """Search by bytes, and compare with the direct form."""
+    found = searched(kernels, queries, corpus, k, part=part, **options)
+    assert found is not None
+    for one, other in zip(found, searched_directly(direct, queries, corpus, k, part=part), strict=True):
+        assert_identical(one, other)
 
 
 KINDS = ["normal", "grid", "whole", "outliers", "cells", "features", "far", "tails"]
@@ -142,20 +156,22 @@ def test_the_comparison_sees_rests_that_are_left_out(metric, rng, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_row_is_farther_from_its_bytes_than_its_rest_says(kind, metric, dtype, rng):
     n_features = 37
-    _, corpus = rows_of(kind, 400, n_features, rng)
-    corpus = (corpus * 2.0 ** rng.integers(-10, 10)).astype(dtype)
     kernels, _ = kernels_of(space_of(metric, dtype, n_features))
-    grid = kernels.reference(corpus)
-    packing = kernels.packing(len(corpus), n_features, grid)
-    kernels.pack(corpus, 0, len(packing.panels), *packing)
-    rests, step = packing.rests.ravel(), Fraction(float(grid.numbers[0]))
-    for i in range(0, 400, 3):
-        exact = [Fraction(float(x)) - Fraction(float(o)) for x, o in zip(corpus[i], grid.offsets, strict=False)]
-        least = [abs(x - step * min(255, max(0, round(x / step)))) for x in exact]
-        norm = float(sum(least)) if metric == "cityblock" else float(sum(rest**2 for rest in least)) ** 0.5
-        assert norm * (1 - 1e-12) <= rests[i]
-        # And not much more, or all rows would be looked at.
-        assert rests[i] <= 1.01 * norm + 0.02 * float(step) * n_features
+    for shift in (0, 0.1):  # of numbers on a grid, what rounding takes as the offset is taken away is all the rest
+        _, corpus = rows_of(kind, 400, n_features, rng)
+        corpus = ((corpus + shift) * 2.0 ** rng.integers(-10, 10)).astype(dtype)
+        grid = kernels.reference(corpus)
+        packing = kernels.packing(len(corpus), n_features, grid)
+        kernels.pack(corpus, 0, len(packing.panels), *packing)
+        rests, step = packing.rests.ravel(), Fraction(float(grid.numbers[0]))
+        for i in range(0, 400, 3):
+            exact = [Fraction(float(x)) - Fraction(float(o)) for x, o in zip(corpus[i], grid.offsets, strict=False)]
+            inside = [min(255 * step, max(0, x)) for x in exact]
+            least = [abs(x - step * round(x / step)) for x in inside]
+            norm = float(sum(least)) if metric == "cityblock" else float(sum(rest**2 for rest in least)) ** 0.5
+            assert norm * (1 - 1e-12) <= rests[i]
+            # And not much more, or all rows would be looked at.
+            assert rests[i] <= 1.01 * norm + 0.02 * float(step) * n_features
 
 
 def test_the_grid_is_that_of_the_numbers(rng):
@@ -248,3 +264,106 @@ def test_room_behind_the_last_row_of_bytes():
     assert rows.shape == (3, 5)
     assert rows.base is not None
     assert SCRATCH >= 3 * LANES
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cityblock"])
+def test_parts_of_a_corpus(metric, rng):
+    for n_features in (19, 64):
+        queries, corpus = (rows.astype(np.float32) for rows in rows_of("normal", 700, n_features, rng))
+        corpus[350:360] = corpus.min(axis=0)  # all bytes 0, as those of rows that a last panel lacks
+        queries[:2] = corpus[350]
+        corpus[670:] = queries[3]  # where a part ends before
+        kernels, direct = kernels_of(space_of(metric, np.float32, n_features))
+        width = kernels.plan.panels.panel_rows
+        for packed in (False, True):
+            for first, stop in ((0, 30), (0, 351), (width, 3 * width), (2 * width, 700), (5 * width, 5 * width + 130)):
+                # Packed panels are whole, but for the last.
+                stop = 700 if packed and stop % width else stop
+                for k in (1, 20, 129):
+                    if k <= stop - first:
+                        assert_nearest(kernels, direct, queries, corpus, k, packed=packed, part=slice(first, stop))
+
+
+def whole_rows(n, rng, *near):
+    """Return rows of whole numbers, of which those that are given come last; no other is within 30 of 0."""
+    rows = rng.integers(30, 100, (n, len(near[0]))) * rng.choice([-1, 1], (n, len(near[0])))
+    return np.concatenate([rows[: n - len(near)], near], dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("metric", "query", "first", "nearest"),
+    [("cityblock", (0.4, 0.3), (-5, 5), (5, 5)), ("sqeuclidean", (0.4, 0.3), (2, -4), (4, 3))],
+)
+def test_a_row_as_near_as_its_rest_allows(metric, query, first, nearest, rng):
+    # The rest of the query points from it to the nearest row, whose bytes are that much farther.
+    corpus = whole_rows(400, rng, nearest)
+    corpus[60] = first
+    kernels, direct = kernels_of(space_of(metric, np.float32, 2))
+    assert_nearest(kernels, direct, np.array([query], np.float32), corpus, 1)
+    assert searched(kernels, np.array([query], np.float32), corpus, 1)[1] == 399
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cityblock"])
+def test_a_row_with_a_larger_rest_than_those_of_the_sample(metric, packed, rng):
+    # Its bytes are one off in each feature, itself it is hardly more than half of that; the row before is 0.75 off.
+    n_features = 16
+    query, before = np.zeros((1, n_features), np.float32), np.zeros(n_features)
+    before[: 12 if metric == "cityblock" else 9] = 1
+    corpus = whole_rows(400, rng, np.full(n_features, 0.51))
+    corpus[60] = before
+    kernels, direct = kernels_of(space_of(metric, np.float32, n_features))
+    grid = kernels.reference(corpus[:-1])
+    assert grid.numbers[0] == 1 > grid.numbers[1]
+    assert searched(kernels, query, corpus, 1, packed=packed, grid=grid)[1] == 399
+    assert_nearest(kernels, direct, query, corpus, 1, packed=packed, grid=grid)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cityblock"])
+def test_queries_so_far_away_that_no_integer_holds_a_limit(metric, rng):
+    queries, corpus = (rows.astype(np.float32) for rows in rows_of("normal", 300, 64, rng))
+    kernels, direct = kernels_of(space_of(metric, np.float32, 64))
+    for away in (*range(10_000, 100_000, 6000), 1e9, 1e18):  # a limit cut to 32 bits has either sign
+        assert_nearest(kernels, direct, queries + np.float32(away), corpus, 3)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cityblock"])
+def test_the_error_of_the_direct_form_widens_what_is_looked_at(metric, rng):
+    queries, corpus = (rows.astype(np.float32) for rows in rows_of("normal", 3000, 64, rng))
+    kernels, _ = kernels_of(space_of(metric, np.float32, 64))
+    assert searched(kernels, queries, corpus, 1) is not None
+    for place, error in ((2, 0.999), (3, 1e6)):
+        grid = kernels.reference(corpus)
+        grid.numbers[place] = error
+        assert searched(kernels, queries, corpus, 1, grid=grid) is None
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cityblock"])
+def test_outliers_are_left_out_by_the_bytes_at_the_ends_of_the_grid(metric, rng, monkeypatch):
+    queries, corpus = (rows.astype(np.float32) for rows in rows_of("normal", 12_000, 64, rng))
+    corpus[rng.random(12_000) < 0.03] *= 30
+    # So few are looked at before it gives up that the outliers are not among them.
+    kernels, direct = broken_kernels(space_of(metric, np.float32, 64), monkeypatch, LOOKED_SHARE=1 << 20)
+    assert_nearest(kernels, direct, queries, corpus, 1)
+
+
+def test_rests_of_the_longest_rows(rng):
+    # Sums of so many equal numbers are rounded the same way most of the time.
+    n_features = MOST_FEATURES
+    kernels, _ = kernels_of(space_of("cityblock", np.float32, n_features))
+    rows = np.repeat(np.float32([0.0, 255.0, *(100.4 + 0.09 * rng.random(20))])[:, None], n_features, axis=1)
+    grid = kernels.reference(rows[:2])
+    packing = kernels.packing(len(rows), n_features, grid)
+    kernels.pack(rows, 0, len(packing.panels), *packing)
+    exact = [n_features * abs(Fraction(float(x)) - round(x)) for x in rows[:, 0]]
+    assert all(rest >= least for rest, least in zip(packing.rests.ravel(), exact, strict=False))
+
+
+def test_rows_that_are_too_long_for_proofs_are_not_searched_by_bytes():
+    one, longest = ByteFilter(128), space_of("cityblock", np.float32, MOST_FEATURES)
+    assert one.serves(longest) == bool(tile_kernels(narrow_space(longest)).plan.panels.instruction)
+    assert not one.serves(space_of("cityblock", np.float32, MOST_FEATURES + 1))
+    assert direct_error(longest)[0] < 1
+    assert 255 * MOST_FEATURES < LARGEST_LIMIT
+    squares = space_of("sqeuclidean", np.float32, MOST_FEATURES)
+    assert not one.serves(squares)  # of whose bytes the sums need not fit a limit

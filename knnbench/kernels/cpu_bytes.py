@@ -1,13 +1,15 @@
 """Distances of floats by bytes that stand for them: a filter of which rows to look at.
 
-All rows are rounded to one grid, of a step s and an offset for each feature::
+All rows are rounded to one grid, of a step s and an offset for each feature, from which it reaches 255 steps. Values
+beyond are brought to its ends first::
 
-    y = offset + s b + r,    0 <= b <= 255
+    y' = min(max(y, offset), offset + 255 s) = offset + s b + r,    0 <= b <= 255
 
 and bytes are compared by the kernels of uint8, exactly, several times as fast as floats. The distance is a norm of the
-difference (the sum of magnitudes, or the root of the sum of squares), so that by the triangle inequality ::
+difference (the sum of magnitudes, or the root of the sum of squares). That takes no two values farther apart, so that
+with the triangle inequality ::
 
-    distance(q, c) >= s distance(b_q, b_c) - |r_q| - |r_c|
+    distance(q, c) >= distance(q', c') >= s distance(b_q, b_c) - |r_q| - |r_c|
 
 where ``|r|``, a row's *rest* in that norm, is measured as it is rounded. A row for which the right side is not below
 the k-th distance so far is left out; any other is computed at once by the direct form. So neighbours and distances are
@@ -15,9 +17,9 @@ those of the direct form whatever the data, which decide only how many rows are 
 (bytes given as floats, or divided by 255) it is hardly more than the neighbours themselves; of normal data in 784
 features some ten times as many.
 
-The grid is that of some sampled rows. A single value outside it makes a row's rest large; a row of the corpus whose
-rest is larger than those of the sample is looked at in any case. Where rows lie closer to each other than their rests
-tell apart, nearly all would be looked at, and the search gives up.
+The grid is that of some sampled rows. A row of the corpus whose rest is larger than those of the sample is looked at in
+any case. Where rows lie closer to each other than their rests tell apart, or queries far outside the grid, nearly all
+would be looked at, and the search gives up.
 """
 
 import functools
@@ -63,7 +65,10 @@ from knnbench.kernels.cpu_simd import (
 from knnbench.kernels.cpu_tiles import Packing, TileKernels, tile_kernels
 from knnbench.metrics import METRICS, Space, add_absolute, add_square
 
-__all__ = ["ByteKernels", "ByteWorkspace", "Rounded", "Rounding", "byte_kernels", "narrow_space"]
+__all__ = ["MOST_FEATURES", "ByteKernels", "ByteWorkspace", "Rounded", "Rounding", "byte_kernels", "narrow_space"]
+
+MOST_FEATURES = 1 << 17
+"""Up to so many, the error of the direct form is known in float32, and `REST_SLACK` covers that of a rest."""
 
 # The metric of bytes that stands for one of floats, by what that accumulates.
 METRIC_OF: dict[Callable[..., Any], str] = {add_absolute: "cityblock", add_square: "sqeuclidean"}
@@ -75,8 +80,8 @@ SAMPLED = 256
 WIDER = 1.25
 
 # Of the sampled rows one in so many may be farther from their mean than others, so many times as far as most: the grid
-# does not cover these.
-EXCEPTIONS, FARTHER = 50, 2.0
+# does not cover these. For queries as far, nearly all rows are looked at, which is no more than the search allows.
+EXCEPTIONS, FARTHER = 20, 2.0
 
 # Rests up to so much larger than any of the sample are no exception.
 ALLOWED = 1.05
@@ -90,7 +95,7 @@ LANES = 16
 SCRATCH = 3 * LANES
 
 # A rest is off by this share of itself, as a sum of 16 lanes, and by this share of the step for each feature: by less
-# than 2^-16 as a value less its offset is rounded, and again where a product is.
+# than 2^-16 as a value less its offset is rounded, of which there are at most 255 steps, and again where a product is.
 REST_SLACK, STEP_SLACK = 1.001, 2.0**-14
 
 # For the roundings of limits themselves.
@@ -243,7 +248,7 @@ class ByteKernels(TileKernels):
         """Return what `workspace` takes for a tile of queries, or a part of one, and besides."""
         (per_tile, fixed), (height, _) = super().workspace_bytes(n_features), self.plan.panels.tile_shape
         width = self.plan.panels.panel_rows
-        return per_tile + height * (n_features + 8), fixed + width * (n_features + 8) + 8 * SCRATCH
+        return per_tile + height * (n_features + 16), fixed + width * (n_features + 8) + 8 * SCRATCH
 
 
 def plain(packing: Rounded) -> Packing:
@@ -282,7 +287,7 @@ def round_features(
     to : int
         The place of the first byte.
     sums : array of the same dtype
-        To which 16 sums are added of what is lost.
+        To which 16 sums are added of what is lost; NaN, where a value is not finite.
     """
     if not isinstance(is_sum, types.Literal):
         return None
@@ -295,6 +300,7 @@ def round_features(
         vector = ir.VectorType(TYPES[kind.name], LANES)
         suffix = f"v{LANES}{vector.element.intrinsic_name}"
         step, inverse = (splat(builder, args[i], LANES) for i in (6, 7))
+        nothing, most = constant(vector, 0.0), builder.fmul(step, constant(vector, 255.0))
         step = builder.fneg(step)
 
         def load(base: Any, start: Any, number: Any) -> Any:
@@ -303,11 +309,11 @@ def round_features(
 
         def rounded(number: Any, found: list[Any]) -> list[Any]:
             values = builder.fsub(load(rows, args[2], number), load(offsets, args[4], number))
-            whole = call(builder, f"llvm.rint.{suffix}", vector, builder.fmul(values, inverse))
-            whole = larger_of_floats(builder, whole, constant(vector, 0.0))
-            most = constant(vector, 255.0)
-            whole = builder.select(builder.fcmp_ordered("<", whole, most), whole, most)
-            rest = multiply_add(builder, whole, step, values)
+            inside = larger_of_floats(builder, values, nothing)
+            inside = builder.select(builder.fcmp_ordered("<", inside, most), inside, most)
+            whole = call(builder, f"llvm.rint.{suffix}", vector, builder.fmul(inside, inverse))
+            # Zero times a value, for those that are not finite.
+            rest = multiply_add(builder, values, nothing, multiply_add(builder, whole, step, inside))
             numbers = builder.fptosi(whole, ir.VectorType(INT32, LANES))
             few = builder.trunc(numbers, ir.VectorType(BYTE, LANES))
             place = builder.add(args[9], builder.mul(number, INT64(LANES)))

@@ -5,9 +5,8 @@ import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from knnbench.kernels import cpu_digits
+from knnbench.kernels import cpu_bytes, cpu_digits
 from knnbench.kernels.cpu_bytes import ByteKernels, byte_kernels, narrow_space
-from knnbench.kernels.cpu_digits import MOST_FEATURES
 from knnbench.kernels.cpu_tiles import OPERATION_OF, Filter, TileKernels, kept_rows, level_in_use, tile_kernels
 from knnbench.metrics import Space
 
@@ -40,7 +39,8 @@ class ByteFilter:
     def serves(self, space: Space) -> bool:
         """Return whether it works on this CPU, and pays."""
         is_long = space.n_features * space.dtype.itemsize >= self.least_bytes
-        return is_long and bool(tile_kernels(narrow_space(space)).plan.panels.instruction)
+        is_proved = space.n_features <= cpu_bytes.MOST_FEATURES
+        return is_long and is_proved and bool(tile_kernels(narrow_space(space)).plan.panels.instruction)
 
     def pays(self, k: int, n_corpus: int) -> bool:
         """Return whether so few rows of so many are nearest that it saves more than it takes."""
@@ -71,7 +71,7 @@ class KeyFilter(Filter):
 
     def serves(self, space: Space) -> bool:
         """Return whether it works on this CPU, and pays."""
-        if self.needs_matrix and not (level_in_use().has_matrix and space.n_features <= MOST_FEATURES):
+        if self.needs_matrix and not (level_in_use().has_matrix and space.n_features <= cpu_digits.MOST_FEATURES):
             return False
         return space.n_features >= self.least_features
 
