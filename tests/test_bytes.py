@@ -11,7 +11,7 @@ from knnbench.backends import get_backend
 from knnbench.bounds import direct_error
 from knnbench.kernels import cpu_bytes
 from knnbench.kernels.cpu_bytes import LANES, LARGEST_LIMIT, MOST_FEATURES, SCRATCH, byte_rows, narrow_space
-from knnbench.kernels.cpu_filters import ByteFilter
+from knnbench.kernels.cpu_filters import ByteFilter, filters_of
 from knnbench.kernels.cpu_simd import LEVELS, cpu_features, simd_level
 from knnbench.kernels.cpu_tiles import compiled_kernels, plan_of, tile_kernels
 from knnbench.metrics import METRICS, Space
@@ -367,3 +367,40 @@ def test_rows_that_are_too_long_for_proofs_are_not_searched_by_bytes():
     assert 255 * MOST_FEATURES < LARGEST_LIMIT
     squares = space_of("sqeuclidean", np.float32, MOST_FEATURES)
     assert not one.serves(squares)  # of whose bytes the sums need not fit a limit
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cityblock"])
+def test_bytes_that_settle_nothing_are_left_out_for_some_searches(metric, rng, monkeypatch):
+    corpus = (rng.normal(size=(6000, 64)) * 1e-4).astype(np.float32)
+    corpus[:: len(corpus) // 256] += 10 * rng.random((len(corpus[:: len(corpus) // 256]), 1), np.float32)
+    queries, prepared, tries = corpus[1:200:3], prepare(corpus, metric, backend="numba"), []
+    module = sys.modules[type(get_backend("numba")).__module__]
+    by_bytes = module._Rounded._found
+
+    def noted(self, *given):
+        found = by_bytes(self, *given)
+        tries.append(found is not None)
+        return found
+
+    monkeypatch.setattr(module._Rounded, "_found", noted)
+
+    def searches_that_try(queries, n):
+        found = []
+        for number in range(n):
+            tries.clear()
+            assert (knn(queries, prepared, 1).distances == 0).all()
+            found += [number] * any(tries) if all(tries) else [(number, "in vain")]
+        return found
+
+    assert searches_that_try(queries, 12) == [(0, "in vain"), (2, "in vain"), (5, "in vain"), (10, "in vain")]
+    # Queries of which bytes tell enough bring them back.
+    easy = corpus[:: len(corpus) // 256][:100]
+    assert searches_that_try(easy, 10) == [7, 8, 9]
+
+
+def test_rows_without_a_grid_are_packed_for_the_next_filter(rng):
+    corpus = (rng.normal(size=(3000, 80)) * 1e-20).astype(np.float64)
+    space, backend = space_of("euclidean", np.float64, 80), get_backend("numba")
+    kept = backend.keep(backend.prepare(corpus, space), space, 1 << 30)
+    following = [one for one in filters_of(space) if not isinstance(one, ByteFilter)]
+    assert kept.packed(following[0].kernels(space)) is not None

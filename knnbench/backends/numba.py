@@ -56,6 +56,9 @@ TASK_QUERIES = 480
 SHARED_BLOCKS = 4
 SHARED_BYTES = 1 << 20
 
+# Searches that go without a filter at the most, once it settled nothing.
+LONGEST_PAUSE = 63
+
 # Up to so many queries, corpus rows are compared as they lie: packing a row takes as long as comparing it with a few.
 FEW_QUERIES = 4
 
@@ -105,6 +108,24 @@ LOSS_PANELS = 64
 FINISHED_PAIRS = 1 << 17
 
 
+@dataclass
+class Pause:
+    """How many searches do without a filter that settled nothing: twice as many each time, until it does."""
+
+    length: int = 0
+    left: int = 0
+
+    def note(self, is_of_use: bool) -> None:
+        """Take down how a search went."""
+        self.length = 0 if is_of_use else min(LONGEST_PAUSE, max(1, 2 * self.length))
+        self.left = self.length
+
+    def is_over(self) -> bool:
+        """Return whether the next search is to try, which is then told of it."""
+        self.left -= 1
+        return self.left < 0
+
+
 @dataclass(frozen=True)
 class TileCorpus:
     """Rows as the metric accumulates them, and packed for some kernels if they are kept for many calls."""
@@ -114,9 +135,18 @@ class TileCorpus:
     packed_for: TileKernels | None = None
     about: Array | None = None  # the centre, where it is not that of these rows
     _references: dict[Any, Any] = field(default_factory=dict)
+    _pauses: dict[Any, Pause] = field(default_factory=lambda: defaultdict(Pause))
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def pause(self, kernels: TileKernels) -> Pause:
+        """Return that of a filter, on these rows."""
+        return self._pauses[kernels.plan.layout]
+
+    def has_reference(self, kernels: TileKernels) -> bool:
+        """Return whether there is what these kernels pack rows relative to, if they need that."""
+        return not isinstance(kernels, ByteKernels) or self.reference(kernels) is not None
 
     def packed(self, kernels: TileKernels) -> Packing | None:
         """Return the panels that these kernels take, if they are there."""
@@ -169,8 +199,8 @@ class NumbaBackend(HostBackend):
 
     def keep(self, prepared: TileCorpus, space: Space, budget: int) -> TileCorpus:
         """Return the rows with panels of them all, packed for the kernels that most searches take."""
-        first = next((one for one in filters_of(space) if one.pays(1, len(prepared))), None)
-        return packed_within(budget, prepared, first.kernels(space) if first else tile_kernels(space))
+        filters = (one.kernels(space) for one in filters_of(space) if one.pays(1, len(prepared)))
+        return packed_within(budget, prepared, next(filter(prepared.has_reference, filters), tile_kernels(space)))
 
     def pairwise(self, queries: Native, prepared: TileCorpus, space: Space, budget: int) -> Native:
         """Return all distances."""
@@ -252,6 +282,7 @@ class NumbaBackend(HostBackend):
         search = search_by(steps[0], space)
         values, indices, is_sure = self._run(queries, prepared, k, space, budget, search)
         left: Array = np.flatnonzero(~is_sure)
+        prepared.pause(search.kernels).note(len(left) < len(queries))
         if len(left) == len(queries):
             del values, indices
             return self._search(queries, prepared, k, space, budget, steps[1:])
@@ -307,7 +338,7 @@ class NumbaBackend(HostBackend):
 
 def _filters(queries: Array, prepared: TileCorpus, k: int, space: Space) -> tuple[AnyFilter, ...]:
     """Return what filters distances, if anything does: not if most rows are wanted anyway, nor for few pairs, unless
-    the corpus was packed for it before."""
+    the corpus was packed for it before; nor what told nothing of this corpus lately."""
     n_queries, n_corpus = len(queries), len(prepared)
     is_few, work = are_few(n_queries, space), n_queries * n_corpus * space.n_features
 
@@ -315,9 +346,10 @@ def _filters(queries: Array, prepared: TileCorpus, k: int, space: Space) -> tupl
         if prepared.packed_for is not None and prepared.packed(one.kernels(space)):
             # Memory brings packed bytes sooner than rows as they lie, by more than a tile wastes that is nearly empty.
             return isinstance(one, ByteFilter) or not is_few
-        return not is_few and work >= one.least_work
+        return not is_few and work >= one.least_work and prepared.has_reference(one.kernels(space))
 
-    return tuple(one for one in filters_of(space) if one.pays(k, n_corpus) and serves(one))
+    found = tuple(one for one in filters_of(space) if one.pays(k, n_corpus) and serves(one))
+    return tuple(one for one in found if prepared.pause(one.kernels(space)).is_over())
 
 
 def values_of(queries: Array, prepared: TileCorpus, nearest: Array, space: Space) -> Array:
@@ -447,8 +479,6 @@ class _Rounded(_Proving):
     ) -> Array | bool | None:
         kernels, (n_queries, k), packing = self.kernels, ranked.shape, prepared.packed(self.kernels)
         grid = None if packing else prepared.reference(kernels)
-        if packing is None and grid is None:
-            return None
         lists = kernels.lists(n_queries, k, part.stop - part.start)
         work = kernels.workspace(n_queries, self.space.n_features, grid, packing)
         if not kernels.knn(block, prepared.rows, part.start, part.stop, *work, k, *lists):
@@ -641,10 +671,7 @@ def packed_within(budget: int, prepared: TileCorpus, kernels: TileKernels) -> Ti
     rows, n_features = prepared.rows, prepared.rows.shape[1]
     if kernels.packing_bytes(len(rows), n_features) > budget:
         return prepared
-    reference = prepared.reference(kernels)
-    if isinstance(kernels, ByteKernels) and reference is None:
-        return prepared
-    packing = kernels.packing(len(rows), n_features, reference)
+    packing = kernels.packing(len(rows), n_features, prepared.reference(kernels))
     parts = list(slices(len(packing.panels), chunk_rows(packing.panels.shape[1])))
     run_tasks(lambda part: kernels.pack(rows, part.start, part.stop, *packing), parts, thread_count())
     return replace(prepared, packing=packing, packed_for=kernels)
