@@ -168,16 +168,17 @@ def run_tasks(task: Callable[[Any], Any], pieces: Iterable[Any], threads: int) -
     pieces : iterable
     threads : int
     """
-    left = deque(pieces)
+    # A thread that begins only later holds what is left till then: nothing, and so not the answers of this task.
+    left = deque(functools.partial(task, piece) for piece in pieces)
 
     def work() -> None:
         while True:
             try:
-                piece = left.popleft()
+                run = left.popleft()
             except IndexError:
                 return
             try:
-                task(piece)
+                run()
             except BaseException:
                 left.clear()  # of Ctrl-C too: what runs ends, nothing more is started
                 raise

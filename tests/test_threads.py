@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -278,3 +279,19 @@ def test_a_thread_leaves_a_busy_cpu():
     thread.join()
     assert len(left) == 10 * len(allowed)
     assert sum(left) > len(left) / 2  # the system may bring one back at once
+
+
+def test_a_thread_that_does_not_begin_holds_nothing_of_the_task(monkeypatch):
+    waiting = []
+    monkeypatch.setattr(module, "_hand_out", lambda work, threads: waiting.append(work))
+
+    def task_on(answer):
+        return lambda piece: answer.fill(piece)
+
+    answer = np.zeros(3)
+    held = weakref.ref(answer)
+    run_tasks(task_on(answer), range(3), 2)
+    assert (answer == 2).all()
+    assert waiting
+    del answer
+    assert held() is None
