@@ -347,6 +347,17 @@ def test_outliers_are_left_out_by_the_bytes_at_the_ends_of_the_grid(metric, rng,
     assert_nearest(kernels, direct, queries, corpus, 1)
 
 
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cityblock"])
+def test_no_row_past_the_last_is_packed(metric, rng):
+    rows = rng.normal(size=(200, 37)).astype(np.float32)
+    kernels, _ = kernels_of(space_of(metric, np.float32, 37))
+    packing = kernels.packing(100, 37, kernels.reference(rows))
+    packing.rests[...] = -1
+    kernels.pack(rows[:100], 0, len(packing.panels), *packing)
+    assert (packing.rests.ravel()[:100] > 0).all()
+    assert (packing.rests.ravel()[100:] == -1).all()
+
+
 def test_rests_of_the_longest_rows(rng):
     # Sums of so many equal numbers are rounded the same way most of the time.
     n_features = MOST_FEATURES
