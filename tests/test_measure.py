@@ -602,6 +602,22 @@ def test_slow_backends_are_measured_on_fewer_rows(monkeypatch):
     assert slow.corpus_rows(pairs_per_s=1e9) == 3000
 
 
+@pytest.mark.parametrize(
+    ("per_query", "expected"),
+    [
+        (lambda n: 1e-3, 200),
+        (lambda n: 1e-3 if n < 300 else 1e-4, 800),
+        (lambda n: 1e-3 if n < 900 else 1e-4, 200),  # beyond what is looked at
+    ],
+)
+def test_a_library_that_computes_in_another_way_with_more_queries_is_given_them(per_query, expected, monkeypatch):
+    (case,) = measure.make_cases("synthetic", ["cityblock"], options={"n_train": 300, "n_test": 5000})
+    one = worker._Distances("numpy", worker.Opening(case, 0.1, "", ""))
+    monkeypatch.setattr(one, "call_s", 0.1, raising=False)
+    monkeypatch.setattr(one, "timed_call", lambda n, prepared: (n * per_query(n), None))
+    assert one.query_rows(one.prepared(300)[1], 1000 * 300.0) == expected
+
+
 def test_a_ceiling_that_was_measured_too_low_makes_nothing_impossible(misbehaving, monkeypatch):
     rates = iter([1.0, 2.0, 1e15, 1e10])
     monkeypatch.setattr(ceilings.Ceilings, "_run", fake_run(rates))

@@ -65,6 +65,10 @@ LONGEST = 8.0
 MOST_GROWTH = 8.0
 CHEAPER = 1.25
 
+# So many times as many queries are tried once before their number is settled: with more a library may compute in
+# another way. Those of faiss take six times as long each with 100 as with 500 (its BLAS, two cores of Zen 5).
+LOOK = 4
+
 # How much slower a pair may look in the first look than it is, because of the overhead of a call.
 OVERHEAD = 50
 
@@ -283,9 +287,16 @@ class _Distances(_Case):
             is_cheaper = n_queries / seconds > CHEAPER * queries_per_s
             is_short = seconds < self.call_s or (is_cheaper and 2 * seconds < LONGEST * self.call_s)
             if n_queries == most or not is_short:
-                return n_queries
+                break
             queries_per_s = n_queries / seconds
             wanted = int(n_queries * min(MOST_GROWTH, max(2.0, self.call_s / seconds)))
+        while n_queries < most and LOOK * seconds <= LONGEST * self.call_s:
+            more = min(most, LOOK * n_queries)
+            more_s, _ = self.timed_call(more, prepared)
+            if more / more_s <= CHEAPER * n_queries / seconds:
+                break
+            n_queries, seconds = more, more_s
+        return n_queries
 
     def open(self) -> dict[str, Any]:
         """Prepare, compute once, and check the answer."""
