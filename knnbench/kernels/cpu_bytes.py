@@ -199,8 +199,8 @@ class ByteKernels(TileKernels):
     measure: Callable[..., bool]
 
     def reference(self, rows: Array, about: Array | None = None) -> Rounding | None:
-        """Return the grid of rows; None if there is none, as where all that are sampled are equal, or where nothing is
-        known of the values of the direct form."""
+        """Return the grid of rows; None if there is none, as where all that are sampled are equal but not whole, or
+        where nothing is known of the values of the direct form."""
         n_features, dtype = rows.shape[1], rows.dtype
         errors = direct_error(Space(METRICS[self.metric], dtype, n_features))
         if not math.isfinite(errors[0]):
