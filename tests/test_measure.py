@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,7 +264,17 @@ def test_a_backend_that_hangs_and_hears_no_signal_is_ended(misbehaving, monkeypa
 
 def workers():
     found = subprocess.run(["pgrep", "-f", "knnbench.measure.worker"], capture_output=True, text=True, check=False)
-    return set(found.stdout.split())
+    return {pid for pid in found.stdout.split() if is_of_these_tests(pid)}
+
+
+def is_of_these_tests(pid):
+    """Return whether a process is not of tests that pytest-xdist runs beside these, as far as can be told."""
+    mine = os.environ.get("PYTEST_XDIST_WORKER", "")
+    try:
+        given = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # it ended, or there is no /proc
+        return Path(f"/proc/{pid}").exists() == Path("/proc").exists()
+    return not mine or f"PYTEST_XDIST_WORKER={mine}".encode() in given
 
 
 def test_closing_the_run_ends_the_workers(misbehaving):
