@@ -35,6 +35,7 @@ from knnbench.kernels.cpu_loops import (
 from knnbench.kernels.cpu_simd import (
     CENTRE,
     LEVELS,
+    NARROW,
     OPERATIONS,
     Level,
     Vectors,
@@ -44,7 +45,6 @@ from knnbench.kernels.cpu_simd import (
     vectors_of,
 )
 from knnbench.kernels.cpu_tiles import (
-    NARROW,
     OPERATION_OF,
     Plan,
     compiled_kernels,

@@ -62,7 +62,7 @@ from knnbench.kernels.cpu_simd import (
     larger_of_floats,
     multiply_add,
 )
-from knnbench.kernels.cpu_tiles import Packing, TileKernels, tile_kernels
+from knnbench.kernels.cpu_tiles import Packing, TileKernels, Workspace, tile_kernels
 from knnbench.metrics import METRICS, Space, add_absolute, add_square
 
 __all__ = ["MOST_FEATURES", "ByteKernels", "ByteWorkspace", "Rounded", "Rounding", "byte_kernels", "narrow_space"]
@@ -137,7 +137,7 @@ class Rounded(NamedTuple):
 
 
 class ByteWorkspace(NamedTuple):
-    """What a task holds beside its rows and its answer, as the kernel takes it.
+    """What a task holds beside its rows and its answer, as the kernel takes it: first what `Rounded` has.
 
     Attributes
     ----------
@@ -222,23 +222,16 @@ class ByteKernels(TileKernels):
     ) -> Any:  # a ByteWorkspace
         """Return the arrays for a task of so many queries, on a corpus that is packed, or is not, by a grid."""
         work = super().workspace(n_queries, n_features, packing=packing and plain(packing))
-        width = self.plan.panels.panel_rows
-        offsets, numbers = (packing or reference)[:2]
+        corpus: Rounded = packing or rounded(reference, work)
         return ByteWorkspace(
-            offsets, numbers, work.is_packed, work.panels, work.columns, work.corpus_norms, work.shifts,
-            packing.rests if packing else np.empty((1, width)), work.queries, work.query_norms, work.sums, work.limits,
-            work.out, work.hits, work.values, np.empty(n_queries), np.empty(n_queries),
-            byte_rows(n_queries, n_features), byte_rows(width, n_features), np.zeros(SCRATCH, offsets.dtype),
+            *corpus, work.queries, work.query_norms, work.sums, work.limits, work.out,
+            work.hits, work.values, np.empty(n_queries), np.empty(n_queries), byte_rows(n_queries, n_features),
+            byte_rows(self.plan.panels.panel_rows, n_features), np.zeros(SCRATCH, corpus.offsets.dtype),
         )  # fmt: skip
 
     def packing(self, n_corpus: int, n_features: int, reference: Any = None) -> Any:  # a Rounded
         """Return room for the panels of a corpus, which `pack` fills."""
-        found = super().packing(n_corpus, n_features)
-        rests = np.empty(found.columns.shape)
-        return Rounded(
-            reference.offsets, reference.numbers, found.is_packed, found.panels, found.columns, found.corpus_norms,
-            found.shifts, rests,
-        )  # fmt: skip
+        return rounded(reference, super().packing(n_corpus, n_features))
 
     def packing_bytes(self, n_corpus: int, n_features: int) -> int:
         """Return what `packing` takes, about."""
@@ -249,6 +242,14 @@ class ByteKernels(TileKernels):
         (per_tile, fixed), (height, _) = super().workspace_bytes(n_features), self.plan.panels.tile_shape
         width = self.plan.panels.panel_rows
         return per_tile + height * (n_features + 16), fixed + width * (n_features + 8) + 8 * SCRATCH
+
+
+def rounded(rounding: Rounding, found: Packing | Workspace) -> Rounded:
+    """Return the panels of bytes with a grid, and room for rests."""
+    return Rounded(
+        rounding.offsets, rounding.numbers, found.is_packed, found.panels, found.columns, found.corpus_norms,
+        found.shifts, np.empty(found.columns.shape),
+    )  # fmt: skip
 
 
 def plain(packing: Rounded) -> Packing:
@@ -307,7 +308,7 @@ def round_features(
             at = builder.add(start, builder.mul(number, INT64(LANES)))
             return builder.load(place_at(builder, base, builder.mul(at, INT64(size)), vector), align=size)
 
-        def rounded(number: Any, found: list[Any]) -> list[Any]:
+        def round_some(number: Any, found: list[Any]) -> list[Any]:
             values = builder.fsub(load(rows, args[2], number), load(offsets, args[4], number))
             inside = larger_of_floats(builder, values, nothing)
             inside = builder.select(builder.fcmp_ordered("<", inside, most), inside, most)
@@ -323,7 +324,7 @@ def round_features(
             return [multiply_add(builder, rest, rest, found[0])]
 
         place = place_at(builder, sums, INT64(0), vector)
-        (total,) = emit_loop(builder, args[5], [builder.load(place, align=size)], rounded)
+        (total,) = emit_loop(builder, args[5], [builder.load(place, align=size)], round_some)
         builder.store(total, place, align=size)
         return context.get_dummy_value()
 
@@ -378,6 +379,16 @@ def _compiled(metric: str, narrow: TileKernels, direct: TileKernels) -> ByteKern
         return REST_SLACK * math.sqrt(total) + STEP_SLACK * numbers[0] * math.sqrt(n_features)
 
     @register_jitable
+    def round_panel(
+        corpus: Any, begin: Any, count: Any, offsets: Any, numbers: Any, panel: Any, columns: Any, norms: Any,
+        shifts: Any, rests: Any, row_bytes: Any, byte_values: Any, scratch: Any,
+    ) -> None:  # fmt: skip
+        """Pack the bytes of `count` rows from row `begin` on."""
+        for r in range(count):
+            rests[r] = round_row(corpus, begin + r, offsets, numbers, row_bytes, r, scratch)
+        pack_panel(row_bytes, 0, count, panel, columns, norms, shifts, offsets, byte_values)
+
+    @register_jitable
     def reach_of(largest: Any, rest: Any, numbers: Any) -> Any:
         """Return from which distance of bytes on no row without a rest can have less than the largest value given, in
         steps."""
@@ -414,9 +425,10 @@ def _compiled(metric: str, narrow: TileKernels, direct: TileKernels) -> ByteKern
             count, at = min(width, stop - begin), begin // width if is_packed else 0
             panel, column, shift = panels[at], columns[at], shifts[at]
             if not is_packed:
-                for r in range(count):
-                    rests[at, r] = round_row(corpus, begin + r, offsets, numbers, row_bytes, r, scratch)
-                pack_panel(row_bytes, 0, count, panel, column, norms[at], shift, offsets, byte_values)
+                round_panel(
+                    corpus, begin, count, offsets, numbers, panel, column, norms[at], shift, rests[at], row_bytes,
+                    byte_values, scratch,
+                )  # fmt: skip
             is_filling, present = begin - first < filled, (np.int64(1) << count) - 1 if count < 64 else np.int64(-1)
             exceptions = np.int64(0)
             for r in range(count):
@@ -469,9 +481,10 @@ def _compiled(metric: str, narrow: TileKernels, direct: TileKernels) -> ByteKern
         scratch, byte_values = np.zeros(SCRATCH, dtype), np.zeros(1, np.int32)
         for p in range(start, stop):
             count = min(width, len(corpus) - p * width)
-            for r in range(count):
-                rests[p, r] = round_row(corpus, p * width + r, offsets, numbers, row_bytes, r, scratch)
-            pack_panel(row_bytes, 0, count, panels[p], columns[p], norms[p], shifts[p], offsets, byte_values)
+            round_panel(
+                corpus, p * width, count, offsets, numbers, panels[p], columns[p], norms[p], shifts[p], rests[p],
+                row_bytes, byte_values, scratch,
+            )  # fmt: skip
 
     @compile_cached(nogil=True, error_model="numpy")
     def deviate(rows: Any, every: Any, middle: Any, deviations: Any) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "LEVELS",
     "LEVEL_VARIABLE",
     "MATRIX_ROWS",
+    "NARROW",
     "OPERATIONS",
     "TYPES",
     "Builder",
@@ -478,6 +479,13 @@ OPERATIONS: dict[str, Operation] = {
         Operation("square-int64", "uint8", "int64", 1, "int64", add_square_longs, {}),
         Operation("product-int64", "uint8", "int64", 1, "int64", add_product_longs, {}),
     )
+}
+
+
+# What bytes are compared by, the fastest first, where a CPU has an instruction for it that sums in 32 bits or more.
+NARROW = {
+    "product": ("product-uint8-matrix", "product-uint8", "product-uint8-dot"),
+    "absolute": ("absolute-uint8", "absolute-uint8-dot"),
 }
 
 

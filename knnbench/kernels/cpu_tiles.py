@@ -58,6 +58,7 @@ from knnbench.kernels.cpu_simd import (
     CENTRE,
     LEVEL_VARIABLE,
     LEVELS,
+    NARROW,
     OPERATIONS,
     Level,
     Vectors,
@@ -112,12 +113,6 @@ class Filter:
     error: Callable[[Space], float]
     exact_error: Callable[[Space], float]
 
-
-# What bytes are compared by, the fastest first, where a CPU has an instruction for it that sums in 32 bits or more.
-NARROW = {
-    "product": ("product-uint8-matrix", "product-uint8", "product-uint8-dot"),
-    "absolute": ("absolute-uint8", "absolute-uint8-dot"),
-}
 
 # Bytes of a panel that a row fills before the next row does: they stay in the first-level cache until all rows did,
 # and memory gives more to one long stream than to many short ones.

@@ -17,6 +17,7 @@ from knnbench.blocking import available_memory
 from knnbench.dtypes import Array
 from knnbench.errors import OverBudgetError
 from knnbench.kernels import cpu_probes
+from knnbench.kernels.cpu_simd import NARROW, OPERATIONS
 
 __all__ = [
     "Rounds",
@@ -203,7 +204,7 @@ def _instructions(operations: tuple[str, ...], threads: int, seconds: float) -> 
 
 def sad_uint8(threads: int, seconds: float) -> float:
     """Return absolute differences of uint8 a second, by the instruction that sums eight, or four of them times 1."""
-    return _instructions(("absolute-uint8", "absolute-uint8-dot"), threads, seconds)
+    return _instructions(NARROW["absolute"], threads, seconds)
 
 
 def madd_int16(threads: int, seconds: float) -> float:
@@ -213,7 +214,8 @@ def madd_int16(threads: int, seconds: float) -> float:
 
 def dot_uint8(threads: int, seconds: float) -> float:
     """Return multiply-adds of uint8 with int8 or uint8 a second, by the instruction that sums four of them."""
-    return _instructions(("product-uint8", "product-uint8-dot"), threads, seconds)
+    on_vectors = tuple(name for name in NARROW["product"] if not OPERATIONS[name].is_matrix)
+    return _instructions(on_vectors, threads, seconds)
 
 
 def matrix_uint8(threads: int, seconds: float) -> float:
